@@ -1,0 +1,35 @@
+# Two targets do everything on a machine with python3 (3.11 or newer) and make: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint lock clean
+
+.venv/.installed: requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"burstgate needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]} (set PYTHON=...)")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: .venv/.installed
+	@$(BIN)/burstgate demo
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/.installed
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# `make lock LOCK_BEFORE=2026-11-14T00:00:00Z`: releases younger than a week are left out.
+# Exact versions with hashes for every supported Python, and no address in them. Needs uv, which only maintainers need.
+lock:
+	uv pip compile -q --exclude-newer "$(LOCK_BEFORE)" --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -o requirements.lock pyproject.toml
+	uv pip compile -q --exclude-newer "$(LOCK_BEFORE)" --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -o requirements-dev.lock -c requirements.lock pyproject.toml --group dev
+
+clean:
+	rm -rf .venv demo-out burstgate-data .pytest_cache .mypy_cache .ruff_cache .hypothesis
