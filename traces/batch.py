@@ -79,7 +79,7 @@ def batch_from_records(records: Iterable[TraceRecord]) -> pl.DataFrame:
 
 def records_from_batch(batch: pl.DataFrame) -> Iterator[TraceRecord]:
     """The batch's rows as records, in order."""
-    for row in batch.select(SCHEMA).iter_rows(named=True):
+    for row in batch.select(list(SCHEMA)).iter_rows(named=True):
         row["log_type"] = LogType(row["log_type"])
         row["outcome"] = Outcome(row["outcome"])
         row["token_source"] = TokenSource(row["token_source"])

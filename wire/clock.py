@@ -1,4 +1,4 @@
-"""The clock, as something that can be handed in. Durations are monotonic nanoseconds; the wall is read once a record."""
+"""The clock, as something that can be handed in. Durations are monotonic; the wall is read once a record."""
 
 from __future__ import annotations
 

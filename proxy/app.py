@@ -1,0 +1,203 @@
+"""The data plane's composition root: one gateway worker, as a FastAPI application on uvicorn.
+
+`python -m proxy.app` is the worker process. It reads its settings as one line of JSON on standard input and serves the
+listening socket it inherits; when standard input ends, its supervisor is gone and it drains and stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import socket
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from proxy.child import ChildTask, read_task, watch_parent
+from proxy.errors import GatewayError, error_body
+from proxy.exchange import Gateway, Receive, Scope, Send, uuid7
+from proxy.sessions import SessionTable, load_secret
+from proxy.settings import Settings
+from proxy.telemetry import WORKER_COUNTERS, WorkerMetrics
+from proxy.upstream import Fleet, Upstream
+from storage.journal import JournalWriter
+
+CLIENT_KEEP_ALIVE_S = 75
+"""Longer than the idle timeouts of common load balancers and SDKs, so that they close first."""
+MAINTENANCE_S = 1.0
+
+
+class GatewayApp(FastAPI):
+    """FastAPI for the lifespan; every HTTP request goes straight to the gateway.
+
+    Each path and method belongs to the upstream, so there is nothing to route, and the router's and middleware's cost
+    (about 60 µs a request) buys nothing.
+    """
+
+    gateway: Gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI entry."""
+        if scope["type"] == "http":
+            await self.gateway(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def build_gateway(settings: Settings) -> Gateway:
+    """Open the journal, the session table and the upstreams. Raises OSError."""
+    journal = JournalWriter(
+        settings.journal_dir,
+        uuid7(time.time()),
+        gateway=settings.gateway,
+        counter_names=WORKER_COUNTERS,
+        segment_bytes=int(settings.journal.segment),
+        budget_bytes=int(settings.journal.budget),
+    )
+    timeouts = settings.timeouts
+    fleet = Fleet(
+        [
+            Upstream(url, connect_timeout_s=timeouts.connect_s, idle_s=timeouts.upstream_idle_s)
+            for url in settings.upstreams
+        ]
+    )
+    sessions = SessionTable(settings.data_dir / "sessions.table") if settings.sessions.infer else None
+    metrics = WorkerMetrics(journal.counters.slots)
+    return Gateway(settings, fleet, journal, metrics, sessions, load_secret(settings.data_dir))
+
+
+def build_app(settings: Settings) -> GatewayApp:
+    """A worker's application; everything opens at its start-up."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        gateway = build_gateway(settings)
+        assert isinstance(app, GatewayApp)
+        app.gateway = gateway
+        async with asyncio.TaskGroup() as tasks:
+            upkeep = tasks.create_task(_maintain(gateway))
+            async with gateway.watch.running(tasks):
+                yield
+            upkeep.cancel()
+        gateway.fleet.close()
+        await asyncio.to_thread(gateway.journal.close)
+        if gateway.sessions is not None:
+            gateway.sessions.close()
+
+    return GatewayApp(lifespan=lifespan, openapi_url=None)
+
+
+async def _maintain(gateway: Gateway) -> None:
+    """Sync the journal, retry what the disk refused, measure the budget."""
+    journal = gateway.journal
+    interval_s = gateway.settings.journal.fsync_interval_s
+    next_upkeep_s = 0.0
+    while True:
+        await asyncio.sleep(interval_s)
+        await asyncio.to_thread(journal.sync)
+        if time.monotonic() >= next_upkeep_s:
+            next_upkeep_s = time.monotonic() + MAINTENANCE_S
+            journal.retry_unwritten()
+            await asyncio.to_thread(journal.refresh_budget)
+
+
+class GatewayProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 with a bound on the request head, and refusals in OpenAI's envelope."""
+
+    limit_bytes = 65536
+    _head_bytes = 0
+    _piece_bytes = 0
+    _is_in_head = False
+    _refusal: GatewayError | None = None
+
+    def data_received(self, data: bytes) -> None:
+        """Refuse a head that does not end within the limit."""
+        self._piece_bytes = len(data)
+        super().data_received(data)
+        if self._is_in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > self.limit_bytes and not self.transport.is_closing():
+                self._refuse_head()
+                self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        self._head_bytes = 0
+        self._is_in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Refuse a head that came at once and is too large."""
+        self._is_in_head = False
+        if self._head_bytes + self._piece_bytes > self.limit_bytes:
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if size > self.limit_bytes:
+                self._refuse_head()
+                raise ValueError("request head too large")
+        super().on_headers_complete()
+
+    def _refuse_head(self) -> None:
+        self._refusal = GatewayError(
+            431, "request_header_fields_too_large", f"request line and headers over {self.limit_bytes} bytes"
+        )
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls for bytes that are no HTTP request."""
+        error = self._refusal or GatewayError(400, "invalid_http", msg or "Invalid HTTP request received.")
+        reason = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}[error.status]
+        body = error_body(error)
+        self.transport.write(
+            b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
+            % (error.status, reason, len(body), body)
+        )
+        self.transport.close()
+
+
+def server_config(app: Any, settings: Settings) -> uvicorn.Config:
+    """How uvicorn runs a worker."""
+    protocol = type("Protocol", (GatewayProtocol,), {"limit_bytes": int(settings.limits.headers)})
+    return uvicorn.Config(
+        app,
+        loop="uvloop",
+        http=protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        backlog=4096,
+        timeout_keep_alive=CLIENT_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, int(settings.timeouts.drain_s)),
+    )
+
+
+def raise_descriptor_limit() -> None:
+    """Two descriptors a stream: the usual soft limit of 1,024 would end at 500 of them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def run_worker(task: ChildTask) -> None:
+    """Serve until told to stop."""
+    raise_descriptor_limit()
+    settings = task.settings
+    server = uvicorn.Server(server_config(build_app(settings), settings))
+
+    def stop() -> None:
+        server.should_exit = True
+
+    watch_parent(stop)
+    task.tell_ready_when(lambda: server.started)
+    server.run(sockets=[socket.socket(fileno=task.socket_fd)])
+
+
+if __name__ == "__main__":
+    run_worker(read_task("worker"))

@@ -1,0 +1,503 @@
+"""The `burstgate` command: parses, wires, reports. Exit status 0 good, 1 failed, 2 wrong usage or configuration."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import sys
+import zoneinfo
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+import msgspec
+import sqlalchemy as sa
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from proxy.settings import ConfigError, Loaded, Settings, describe, load_settings
+from storage.engine import DatabaseUnavailable, DatabaseUrlError, SchemaError
+from traces.codec import FORMATS, TraceClock, TraceFormatError
+
+app = typer.Typer(
+    help="An OpenAI-compatible gateway for vLLM fleets that records every request as a BurstGPT trace.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
+db_app = typer.Typer(help="The database's schema.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(db_app, name="db")
+
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Journal, SQLite file, secret.")]
+DatabaseUrl = Annotated[
+    str | None, typer.Option("--database-url", help="sqlite:///FILE or postgresql://USER@HOST/NAME.")
+]
+Upstreams = Annotated[list[str] | None, typer.Option("--upstream", help="Base URL of a vLLM server; repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
+
+
+def _fail(message: str, status: int = 1) -> typer.Exit:
+    print(f"burstgate: {message}", file=sys.stderr)
+    return typer.Exit(status)
+
+
+def _load(config: Path | None, **flags: Any) -> Loaded:
+    return load_settings(config=config, flags=flags)
+
+
+def _prepare_data_dir(settings: Settings) -> None:
+    """Make the data directory. Raises ConfigError when it can not be written."""
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        probe = settings.data_dir / f".write-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"data_dir: {settings.data_dir} is not writable: {error.strerror}") from None
+
+
+@app.command()
+def serve(
+    upstream: Upstreams = None,
+    host: Annotated[str | None, typer.Option(help="Address of the gateway.  [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the gateway.  [default: 8080]")] = None,
+    control_host: Annotated[
+        str | None, typer.Option(help="Address of the control plane.  [default: 127.0.0.1]")
+    ] = None,
+    control_port: Annotated[int | None, typer.Option(help="Port of the control plane.  [default: 8081]")] = None,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    workers: Annotated[int | None, typer.Option(help="Gateway worker processes.  [default: 1]")] = None,
+    config: Config = None,
+) -> None:
+    """Run the gateway: workers, recorder and control plane."""
+    from proxy.supervisor import Supervisor
+    from storage.engine import open_engine
+
+    loaded = _load(
+        config,
+        upstreams=tuple(upstream) if upstream else None,
+        host=host,
+        port=port,
+        control_host=control_host,
+        control_port=control_port,
+        data_dir=data_dir,
+        database_url=database_url,
+        workers=workers,
+    )
+    settings = loaded.settings
+    if not settings.upstreams:
+        raise ConfigError("upstreams: name at least one, as in --upstream http://127.0.0.1:8000")
+    _prepare_data_dir(settings)
+    open_engine(settings.database).dispose()
+    say = Console(stderr=True, highlight=False).print
+    supervisor = Supervisor(settings, say=lambda line: print(f"burstgate: {line}", file=sys.stderr))
+    gateway, control = supervisor.start()
+    say(f"gateway   {gateway} -> {', '.join(settings.upstreams)}")
+    say(f"control   {control} (/metrics, /api/v1/status, /api/v1/doctor)")
+    say(f"recording {dict((key, value) for key, value, _ in describe(loaded))['database_url']}")
+    supervisor.run()
+
+
+@app.command()
+def record(data_dir: DataDir = None, database_url: DatabaseUrl = None, config: Config = None) -> None:
+    """Run the recorder alone: journal in, database out."""
+    from proxy.child import configure_logging
+    from proxy.record import open_recorder, run_recorder
+
+    settings = _load(config, data_dir=data_dir, database_url=database_url).settings
+    _prepare_data_dir(settings)
+    configure_logging("recorder")
+    run_recorder(open_recorder(settings))
+
+
+@config_app.command("show")
+def config_show(config: Config = None, data_dir: DataDir = None, upstream: Upstreams = None) -> None:
+    """Print every setting, its value and where it came from."""
+    table = Table("setting", "value", "from", box=None, pad_edge=False)
+    for row in describe(_load(config, data_dir=data_dir, upstreams=tuple(upstream) if upstream else None)):
+        table.add_row(*row)
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+@config_app.command("check")
+def config_check(config: Config = None) -> None:
+    """Validate the settings; a problem is one line and exit status 2."""
+    _load(config)
+    print("ok")
+
+
+def _engine(
+    config: Path | None, data_dir: Path | None, database_url: str | None, *, upgraded: bool = False
+) -> sa.Engine:
+    from storage.engine import open_engine, upgrade
+
+    settings = _load(config, data_dir=data_dir, database_url=database_url).settings
+    if settings.database_url is None and not upgraded and not (settings.data_dir / "burstgate.db").exists():
+        raise ConfigError(f"{settings.data_dir}: no burstgate.db there (set --data-dir or --database-url)")
+    if settings.database_url is None and upgraded:
+        _prepare_data_dir(settings)
+    engine = open_engine(settings.database)
+    if upgraded:
+        upgrade(engine)
+    return engine
+
+
+@db_app.command("upgrade")
+def db_upgrade(
+    revision: Annotated[str, typer.Argument()] = "head",
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Bring the schema up to REVISION."""
+    from storage import engine as engines
+
+    settings = _load(config, data_dir=data_dir, database_url=database_url).settings
+    if settings.database_url is None:
+        _prepare_data_dir(settings)
+    engine = engines.open_engine(settings.database)
+    engines.upgrade(engine, revision)
+    print(engines.current(engine) or "(no schema)")
+
+
+@db_app.command("downgrade")
+def db_downgrade(
+    revision: str, data_dir: DataDir = None, database_url: DatabaseUrl = None, config: Config = None
+) -> None:
+    """Take the schema back to REVISION; `base` drops the tables with all rows."""
+    from storage import engine as engines
+
+    engine = _engine(config, data_dir, database_url)
+    engines.downgrade(engine, revision)
+    print(engines.current(engine) or "(no schema)")
+
+
+@db_app.command("current")
+def db_current(data_dir: DataDir = None, database_url: DatabaseUrl = None, config: Config = None) -> None:
+    """Print the schema's revision."""
+    from storage import engine as engines
+
+    print(engines.current(_engine(config, data_dir, database_url)) or "(no schema)")
+
+
+@app.command()
+def doctor(
+    data_dir: DataDir = None, database_url: DatabaseUrl = None, config: Config = None, json: Json = False
+) -> None:
+    """Check an installation, live or stopped: is every request accounted for?"""
+    from proxy.doctor import diagnose
+
+    checks = list(diagnose(_load(config, data_dir=data_dir, database_url=database_url).settings))
+    if json:
+        print(msgspec.json.encode(checks).decode())
+    else:
+        for check in checks:
+            print(f"{'ok  ' if check.is_ok else 'FAIL'} {check.name}: {check.detail}")
+    if any(check.is_ok is False for check in checks):
+        raise typer.Exit(1)
+
+
+Models = Annotated[list[str] | None, typer.Option("--model", help="Only this model; repeatable.")]
+Sessions = Annotated[list[str] | None, typer.Option("--session", help="Only this session; repeatable.")]
+Outcomes = Annotated[list[str] | None, typer.Option("--outcome", help="Only this outcome; repeatable.")]
+Origins = Annotated[list[str] | None, typer.Option("--origin", help="Only this origin; repeatable.")]
+LogTypes = Annotated[list[str] | None, typer.Option("--log-type", help="conversation or api.")]
+Runs = Annotated[list[str] | None, typer.Option("--run-id", help="Only this run or data set; repeatable.")]
+From = Annotated[str | None, typer.Option("--from", help="ISO 8601 or epoch seconds, included.")]
+To = Annotated[str | None, typer.Option("--to", help="ISO 8601 or epoch seconds, not included.")]
+Timezone = Annotated[str | None, typer.Option("--timezone", help="IANA name, as Europe/Rome.")]
+DayZero = Annotated[
+    datetime.datetime | None, typer.Option("--day-zero", formats=["%Y-%m-%d"], help="Timestamp 0's day.")
+]
+Format = Annotated[str | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")]
+
+
+def _stamp(text: str | None, timezone: str | None, flag: str) -> float | None:
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"{flag}: expected ISO 8601 or epoch seconds, got {text!r}") from None
+    if moment.tzinfo is None:
+        try:
+            moment = moment.replace(tzinfo=zoneinfo.ZoneInfo(timezone or "UTC"))
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError):
+            raise ConfigError(f"--timezone: expected an IANA time zone, got {timezone!r}") from None
+    return moment.timestamp()
+
+
+def _one_of(values: list[str] | None, known: dict[str, str], flag: str) -> tuple[str, ...]:
+    for value in values or ():
+        if value.lower() not in known:
+            raise ConfigError(f"{flag}: expected one of {', '.join(known)}, got {value!r}")
+    return tuple(known[value.lower()] for value in values or ())
+
+
+def _selection(
+    models: list[str] | None,
+    sessions: list[str] | None,
+    outcomes: list[str] | None,
+    origins: list[str] | None,
+    log_types: list[str] | None,
+    run_ids: list[str] | None,
+    start: float | None,
+    end: float | None,
+) -> Any:
+    from storage.query import Filter
+    from traces.record import LogType, Origin, Outcome
+
+    return Filter(
+        start_s=start,
+        end_s=end,
+        models=tuple(models or ()),
+        sessions=tuple(sessions or ()),
+        outcomes=_one_of(outcomes, {each.value: each.value for each in Outcome}, "--outcome"),
+        origins=_one_of(origins, {each.value: each.value for each in Origin}, "--origin"),
+        log_types=_one_of(log_types, {"conversation": LogType.CONVERSATION, "api": LogType.API}, "--log-type"),
+        run_ids=tuple(run_ids or ()),
+    )
+
+
+def _known_format(format: str | None) -> None:
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"--format: expected one of {', '.join(FORMATS)}, got {format!r}")
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; - is standard output.")],
+    format: Format = None,
+    failures: Annotated[str, typer.Option(help="keep or drop failed requests.")] = "keep",
+    stamps: Annotated[str | None, typer.Option(help="int or float Timestamps.")] = None,
+    timezone: Timezone = None,
+    day_zero: DayZero = None,
+    start: From = None,
+    end: To = None,
+    model: Models = None,
+    session: Sessions = None,
+    outcome: Outcomes = None,
+    origin: Origins = None,
+    log_type: LogTypes = None,
+    run_id: Runs = None,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Write recorded requests as a trace, with a JSON sidecar that says what was done."""
+    from storage import export as exports
+
+    _known_format(format)
+    if failures not in ("keep", "drop"):
+        raise ConfigError(f"--failures: expected keep or drop, got {failures!r}")
+    if stamps not in (None, "int", "float"):
+        raise ConfigError(f"--stamps: expected int or float, got {stamps!r}")
+    selection = _selection(
+        model, session, outcome, origin, log_type, run_id,
+        _stamp(start, timezone, "--from"), _stamp(end, timezone, "--to"),
+    )  # fmt: skip
+    report = exports.export(
+        _engine(config, data_dir, database_url),
+        output,
+        selection,
+        format=format,
+        day_zero=day_zero.date() if day_zero is not None else None,
+        timezone=timezone,
+        failures="drop" if failures == "drop" else "keep",
+        stamps=None if stamps is None else ("int" if stamps == "int" else "float"),
+    )
+    dropped = "".join(f", {n:,} dropped: {reason}" for reason, n in report.dropped.items())
+    notes = "".join(f", {n:,} with {note}" for note, n in report.notes.items())
+    print(
+        f"{output}: {report.rows_written:,} of {report.rows_in:,} rows as {report.format}{dropped}{notes}",
+        file=sys.stderr,
+    )
+
+
+@app.command("import")
+def import_(
+    trace: Path,
+    dataset: Annotated[str | None, typer.Option(help="Name of the data set.  [default: the file's stem]")] = None,
+    format: Format = None,
+    timezone: Annotated[str, typer.Option(help="IANA name.")] = "UTC",
+    day_zero: DayZero = None,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Read a trace file into the database; again changes nothing."""
+    from storage.importing import import_trace
+
+    _known_format(format)
+    clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone)
+    engine = _engine(config, data_dir, database_url, upgraded=True)
+    report = import_trace(engine, trace, dataset=dataset, format=format, clock=clock)
+    name = f" as data set {report.dataset}" if report.dataset else ""
+    print(
+        f"{trace}: {report.rows_read:,} rows read ({report.format}), {report.rows_inserted:,} inserted,"
+        f" {report.rows_already_there:,} already there{name}",
+        file=sys.stderr,
+    )
+
+
+@app.command()
+def stats(
+    trace: Annotated[Path | None, typer.Argument(help="A trace file; without it, the database.")] = None,
+    json: Json = False,
+    format: Format = None,
+    timezone: Timezone = None,
+    start: From = None,
+    end: To = None,
+    model: Models = None,
+    session: Sessions = None,
+    outcome: Outcomes = None,
+    origin: Origins = None,
+    log_type: LogTypes = None,
+    run_id: Runs = None,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Requests, rates, tokens and failures of a trace file or of the database."""
+    import polars as pl
+
+    from traces.codec import read_trace
+    from traces.summary import render, summarize
+
+    _known_format(format)
+    selection = _selection(
+        model, session, outcome, origin, log_type, run_id,
+        _stamp(start, timezone, "--from"), _stamp(end, timezone, "--to"),
+    )  # fmt: skip
+    batches: Iterator[pl.DataFrame]
+    if trace is not None:
+        from storage.query import matching
+
+        batches = (matching(batch, selection) for batch in read_trace(trace, format=format))
+    else:
+        from storage.query import read_batches
+
+        batches = read_batches(_engine(config, data_dir, database_url), selection)
+    summary = summarize(batches)
+    if json:
+        print(msgspec.json.encode(summary).decode())
+    else:
+        render(summary, Console(highlight=False))
+
+
+@app.command()
+def replay(
+    trace: Path,
+    target: Annotated[str, typer.Option(help="Base URL to send to.")],
+    model: Annotated[str, typer.Option(help="Model to ask for.")],
+    speed: Annotated[float, typer.Option(help="Divides the trace's time.")] = 1.0,
+    limit: Annotated[int | None, typer.Option(help="At most this many rows.")] = None,
+    start: Annotated[float, typer.Option(help="Skip this many seconds of trace time.")] = 0.0,
+    duration: Annotated[float | None, typer.Option(help="Seconds of trace time to take.")] = None,
+    seed: Annotated[int, typer.Option(help="Of prompts and ties.")] = 0,
+    ties: Annotated[
+        str, typer.Option(help="spread equal whole-second stamps inside their second, or keep them.")
+    ] = "spread",
+    endpoint: Annotated[str, typer.Option(help="chat or completions.")] = "chat",
+    stream: Annotated[bool, typer.Option(help="Ask for streamed answers.")] = True,
+    format: Format = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the API key.")] = None,
+    run_id: Annotated[str | None, typer.Option(help="Name of this run in the records.")] = None,
+    samples: Annotated[Path | None, typer.Option(help="Write one JSON line a request.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the summary as JSON.")] = None,
+    max_in_flight: Annotated[int | None, typer.Option(help="Hold back beyond this; counts as lag.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 600.0,
+    max_error_rate: Annotated[float | None, typer.Option(help="Exit status 1 beyond this share of failures.")] = None,
+    quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
+) -> None:
+    """Send a trace to a server, open loop on absolute deadlines, and report what came back."""
+    from replay.runner import ReplayOptions
+    from replay.runner import replay as run
+
+    _known_format(format)
+    literal: Any = {"ties": ties, "endpoint": endpoint}
+    options = ReplayOptions(
+        target=target, model=model, speed=speed, limit=limit, start_s=start, duration_s=duration, seed=seed,
+        stream=stream, format=format, api_key_env=api_key_env, run_id=run_id, samples=samples, json=json,
+        max_in_flight=max_in_flight, timeout_s=timeout, max_error_rate=max_error_rate, quiet=quiet, **literal,
+    )  # fmt: skip
+    summary = run(trace, options, console=Console(highlight=False))
+    if summary.stopped_by is not None or options.is_over_error_rate(summary):
+        raise typer.Exit(1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def simulate(context: typer.Context) -> None:
+    """Run a vLLM-like server on a simulated GPU; `burstgate simulate --help` lists its flags."""
+    from replay.simulator.__main__ import main as simulator
+
+    raise typer.Exit(simulator(context.args))
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option(help="Where its files go.")] = Path("demo-out"),
+) -> None:
+    """Simulated vLLM, gateway on SQLite, a bursty trace replayed through it, and what was recorded."""
+    from proxy.demo import run_demo
+
+    run_demo(directory, Console(highlight=False))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(importlib.metadata.version("burstgate"))
+
+
+EXPECTED = (
+    ConfigError,
+    DatabaseUrlError,
+    DatabaseUnavailable,
+    SchemaError,
+    TraceFormatError,
+    ValueError,
+    OSError,
+)
+"""Errors whose text is for the user."""
+
+_USAGE: tuple[type[Exception], ...] = (ConfigError, DatabaseUrlError)
+Ties = Literal["spread", "keep"]
+
+
+def main() -> None:
+    """Run the command; every expected error is one line on standard error."""
+    from replay.runner import ReplayError
+
+    try:
+        status = app(standalone_mode=False)
+    except click.exceptions.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (*EXPECTED, ReplayError) as error:
+        text = str(error).strip() or type(error).__name__
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            text = f"{error.filename}: {error.strerror}"
+        print(f"burstgate: {text}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, _USAGE) else 1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

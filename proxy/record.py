@@ -1,0 +1,63 @@
+"""The recorder process: `burstgate record`, or `python -m proxy.record` under a supervisor.
+
+At its start it waits for the database and brings its schema up to date; then it moves records until it is stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType
+
+from proxy.child import read_task, watch_parent
+from proxy.settings import ConfigError, Settings
+from storage.engine import open_engine, upgrade
+from storage.recorder import Recorder
+from storage.sink import Sink, SinkUnavailable, open_sink
+
+log = logging.getLogger("burstgate.recorder")
+
+
+def _open(settings: Settings) -> Sink:
+    engine = open_engine(settings.database)
+    try:
+        upgrade(engine)
+    except Exception as error:
+        engine.dispose()
+        raise SinkUnavailable(_one_line(error)) from error
+    return open_sink(engine)
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def open_recorder(settings: Settings) -> Recorder:
+    """A recorder that holds its data directory. Raises ConfigError when another does, OSError."""
+    recorder = Recorder(settings.journal_dir, lambda: _open(settings))
+    try:
+        recorder.acquire()
+    except BlockingIOError:
+        raise ConfigError(f"{settings.journal_dir}: another recorder is at work on this data directory") from None
+    return recorder
+
+
+def run_recorder(recorder: Recorder) -> None:
+    """Run until SIGTERM or SIGINT."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        recorder.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        recorder.run()
+    finally:
+        recorder.close()
+
+
+if __name__ == "__main__":
+    task = read_task("recorder")
+    opened = open_recorder(task.settings)
+    watch_parent(opened.stop)
+    task.tell_ready()
+    run_recorder(opened)

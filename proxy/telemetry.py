@@ -1,0 +1,179 @@
+"""What a worker counts, and how it is shown to Prometheus.
+
+A worker counts into the memory-mapped slots of its journal's counters file (storage/counters.py): a store of eight
+bytes, no lock, no label lookup, and any process can read all workers at once. The control plane sums the files of
+living and retired writers into one scrape.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+
+from storage.counters import read_counters
+from storage.journal import JOURNAL_COUNTERS, RETIRED
+from storage.recorder import writer_directories
+from traces.record import Outcome
+
+TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+E2E_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+def _histogram_names(name: str, buckets: tuple[float, ...]) -> tuple[str, ...]:
+    return (*(f"{name}_le_{bound:g}" for bound in buckets), f"{name}_le_inf", f"{name}_sum_us")
+
+
+WORKER_COUNTERS = (
+    "in_flight",
+    "request_tokens",
+    "response_tokens",
+    "usage_unknown",
+    "accounting_errors",
+    "retries",
+    *(f"outcome_{outcome.value}" for outcome in Outcome),
+    *_histogram_names("ttft", TTFT_BUCKETS_S),
+    *_histogram_names("e2e", E2E_BUCKETS_S),
+)
+"""The slots behind the journal's own, in order. in_flight is a gauge; the rest only grow."""
+
+_SLOT = {name: index for index, name in enumerate(JOURNAL_COUNTERS + WORKER_COUNTERS)}
+_IN_FLIGHT = _SLOT["in_flight"]
+_REQUEST_TOKENS = _SLOT["request_tokens"]
+_RESPONSE_TOKENS = _SLOT["response_tokens"]
+_USAGE_UNKNOWN = _SLOT["usage_unknown"]
+_ACCOUNTING_ERRORS = _SLOT["accounting_errors"]
+_RETRIES = _SLOT["retries"]
+_OUTCOMES = {outcome: _SLOT[f"outcome_{outcome.value}"] for outcome in Outcome}
+_TTFT = _SLOT[f"ttft_le_{TTFT_BUCKETS_S[0]:g}"]
+_E2E = _SLOT[f"e2e_le_{E2E_BUCKETS_S[0]:g}"]
+
+
+class WorkerMetrics:
+    """Counts one worker's requests into its slots."""
+
+    __slots__ = ("_slots",)
+
+    def __init__(self, slots: memoryview) -> None:
+        self._slots = slots
+
+    def started(self) -> None:
+        """A request came in."""
+        self._slots[_IN_FLIGHT] += 1
+
+    def ended(
+        self,
+        outcome: Outcome,
+        request_tokens: int | None,
+        response_tokens: int | None,
+        ttft_s: float | None,
+        e2e_s: float,
+    ) -> None:
+        """Its record has been made."""
+        slots = self._slots
+        slots[_OUTCOMES[outcome]] += 1
+        if request_tokens is not None:
+            slots[_REQUEST_TOKENS] += request_tokens
+        if response_tokens is not None:
+            slots[_RESPONSE_TOKENS] += response_tokens
+        if request_tokens is None or response_tokens is None:
+            slots[_USAGE_UNKNOWN] += 1
+        if ttft_s is not None:
+            slots[_TTFT + bisect.bisect_left(TTFT_BUCKETS_S, ttft_s)] += 1
+            slots[_TTFT + len(TTFT_BUCKETS_S) + 1] += int(ttft_s * 1e6)
+        slots[_E2E + bisect.bisect_left(E2E_BUCKETS_S, e2e_s)] += 1
+        slots[_E2E + len(E2E_BUCKETS_S) + 1] += int(e2e_s * 1e6)
+
+    def left(self) -> None:
+        """The request is over for the gateway."""
+        self._slots[_IN_FLIGHT] -= 1
+
+    def retried(self) -> None:
+        """A request went to another upstream."""
+        self._slots[_RETRIES] += 1
+
+    def accounting_failed(self) -> None:
+        """An answer could not be accounted for; its bytes passed on."""
+        self._slots[_ACCOUNTING_ERRORS] += 1
+
+
+GAUGES = frozenset({"in_flight", "journal_unwritten"})
+
+
+def sum_counters(journal: Path) -> dict[str, int]:
+    """Every slot summed over all writers; gauges over the living ones only."""
+    total: dict[str, int] = {}
+    living = [directory / "counters" for directory in writer_directories(journal)]
+    for path in (*living, *(journal / RETIRED).glob("*.counters")):
+        try:
+            values = read_counters(path)
+        except (OSError, ValueError):
+            continue
+        for name, value in values.items():
+            if name not in GAUGES or path.name == "counters":
+                total[name] = total.get(name, 0) + value
+    return total
+
+
+def _histogram(
+    name: str, text: str, prefix: str, buckets: tuple[float, ...], values: Mapping[str, int]
+) -> HistogramMetricFamily:
+    counts = [values.get(f"{prefix}_le_{bound:g}", 0) for bound in buckets] + [values.get(f"{prefix}_le_inf", 0)]
+    bounds = [*(f"{bound:g}" for bound in buckets), "+Inf"]
+    cumulative = list(zip(bounds, map(float, itertools.accumulate(counts)), strict=True))
+    return HistogramMetricFamily(name, text, buckets=cumulative, sum_value=values.get(f"{prefix}_sum_us", 0) / 1e6)
+
+
+def worker_metrics(values: Mapping[str, int]) -> Iterator[Metric]:
+    """The summed slots as Prometheus metrics."""
+
+    def get(name: str) -> int:
+        return values.get(name, 0)
+
+    yield CounterMetricFamily(
+        "burstgate_requests_accepted", "Requests begun by the gateway, recorded or dropped.", get("accepted")
+    )
+    dropped = CounterMetricFamily(
+        "burstgate_records_dropped", "Requests of which no record is kept, by reason.", labels=["reason"]
+    )
+    for reason in ("budget", "io"):
+        dropped.add_metric([reason], get(f"dropped_{reason}"))
+    yield dropped
+    outcomes = CounterMetricFamily("burstgate_requests", "Requests ended, by outcome.", labels=["outcome"])
+    for outcome in Outcome:
+        outcomes.add_metric([outcome.value], get(f"outcome_{outcome.value}"))
+    yield outcomes
+    tokens = CounterMetricFamily("burstgate_tokens", "Tokens counted, by direction.", labels=["direction"])
+    tokens.add_metric(["request"], get("request_tokens"))
+    tokens.add_metric(["response"], get("response_tokens"))
+    yield tokens
+    yield CounterMetricFamily(
+        "burstgate_usage_unknown", "Requests that ended without both token counts.", get("usage_unknown")
+    )
+    yield CounterMetricFamily(
+        "burstgate_accounting_errors", "Answers passed on that could not be accounted for.", get("accounting_errors")
+    )
+    yield CounterMetricFamily("burstgate_upstream_retries", "Requests sent to another upstream.", get("retries"))
+    yield CounterMetricFamily("burstgate_journal_bytes", "Bytes appended to the journal.", get("journal_bytes"))
+    yield GaugeMetricFamily("burstgate_requests_in_flight", "Requests in the gateway now.", get("in_flight"))
+    yield GaugeMetricFamily(
+        "burstgate_journal_unwritten", "Ended requests kept in memory: the disk refuses them.", get("journal_unwritten")
+    )
+    yield _histogram(
+        "burstgate_time_to_first_token_seconds",
+        "First content chunk minus request sent, of streams.",
+        "ttft",
+        TTFT_BUCKETS_S,
+        values,
+    )
+    yield _histogram(
+        "burstgate_request_duration_seconds", "Submission to last byte, all outcomes.", "e2e", E2E_BUCKETS_S, values
+    )

@@ -1,0 +1,289 @@
+"""One request to the target, over the gateway's own HTTP client and accounting; and what a replay asks beforehand.
+
+Every request ends in exactly one `Reply`, with the outcome in the words of the trace record, seen from the client:
+
+    ok                a whole answer with a status below 300
+    rejected          429
+    invalid_request   3xx, or another 4xx
+    upstream_error    5xx, an error event in a stream, HTTP or an answer that cannot be read, a connection that ended
+                      before its head
+    upstream_timeout  the replay's own timeout
+    connect_error     no connection
+    truncated         the answer began and broke off, or its stream never said [DONE]
+    client_gone       the replay was interrupted
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+from urllib.parse import quote
+
+import msgspec
+
+from replay.schedule import Planned
+from traces.record import Origin, Outcome
+from wire.accounting import Accounted, NoAccount, StreamAccount, UnaryAccount
+from wire.http import ConnectFailed, ConnectionLost, Exchange, HttpClient
+from wire.http1 import BadResponse, Headers
+from wire.openai import Family, Usage
+
+Endpoint = Literal["chat", "completions"]
+
+TARGETS: dict[Endpoint, bytes] = {"chat": b"/v1/chat/completions", "completions": b"/v1/completions"}
+FAMILIES: dict[Endpoint, Family] = {"chat": Family.CHAT, "completions": Family.COMPLETIONS}
+
+MAX_ANSWER_BYTES = 32 * 1024 * 1024
+"""An answer to one of the replay's own questions (/v1/models, /tokenize) beyond this is no answer."""
+
+_VISIBLE = "".join(map(chr, range(0x20, 0x7F)))
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """How one request went. Times are monotonic nanoseconds."""
+
+    outcome: Outcome
+    began_ns: int
+    """When the replay turned to it; the connection is made after this."""
+    end_ns: int
+    """Last byte, or when the failure was known."""
+    sent_ns: int | None = None
+    first_chunk_ns: int | None = None
+    last_chunk_ns: int | None = None
+    usage: Usage | None = None
+    status: int | None = None
+    error: str | None = None
+    gaps_ns: list[int] = field(default_factory=list)
+    """Between content chunks; 0 between chunks that arrived together."""
+
+
+def header_value(text: str) -> bytes:
+    """Text from a trace as a header value: what is not visible ASCII is percent-encoded as UTF-8."""
+    return quote(text, safe=_VISIBLE, errors="replace").strip().encode()
+
+
+def request_headers(row: Planned, run_id: str, api_key: str | None) -> Headers:
+    """The headers of a row's request, but for Content-Length."""
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"x-request-id", f"{run_id}-{row.index}".encode()),
+        (b"x-burstgate-origin", Origin.REPLAY.encode()),
+        (b"x-burstgate-run-id", run_id.encode()),
+        (b"x-burstgate-log-type", header_value(row.log_type)),
+    ]
+    if row.session_id is not None and (session_id := header_value(row.session_id)):
+        headers.append((b"x-session-id", session_id))
+    return headers + auth_headers(api_key)
+
+
+def auth_headers(api_key: str | None) -> Headers:
+    """OpenAI's bearer header, or none."""
+    return [] if api_key is None else [(b"authorization", b"Bearer " + api_key.encode())]
+
+
+def request_body(endpoint: Endpoint, model: str, prompt: str, response_tokens: int, *, stream: bool) -> bytes:
+    """A request for exactly `response_tokens` tokens, as vLLM takes it."""
+    body: dict[str, object] = {"model": model}
+    if endpoint == "chat":
+        body["messages"] = [{"role": "user", "content": prompt}]
+    else:
+        body["prompt"] = prompt
+    body |= {"max_tokens": response_tokens, "min_tokens": response_tokens, "ignore_eos": True, "stream": stream}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    return msgspec.json.encode(body)
+
+
+def outcome_of(status: int, accounted: Accounted, *, is_stream: bool, is_terminal: bool) -> tuple[Outcome, str | None]:
+    """The outcome of an answer whose last byte has arrived, and what went wrong.
+
+    is_stream: the answer is an event stream; is_terminal: it said that it was over.
+    """
+    if status >= 300:
+        outcome = (
+            Outcome.REJECTED if status == 429 else Outcome.UPSTREAM_ERROR if status >= 500 else Outcome.INVALID_REQUEST
+        )
+        return outcome, f"HTTP {status} {accounted.error_type or ''}".rstrip()
+    if is_stream:
+        if accounted.error_type is not None:
+            return Outcome.UPSTREAM_ERROR, f"error event in the stream: {accounted.error_type}"
+        if not is_terminal and accounted.finish_reason is None:
+            return Outcome.TRUNCATED, "the stream ended without [DONE]"
+    elif accounted.finish_reason is None and accounted.usage is None:
+        return Outcome.UPSTREAM_ERROR, f"HTTP {status}, but the answer is no completion"
+    return Outcome.OK, None
+
+
+async def send(
+    http: HttpClient, endpoint: Endpoint, headers: Headers, body: bytes, limit: asyncio.Timeout, began_ns: int
+) -> Reply:
+    """Send one request and read its answer to the end. Failures come back as the reply's outcome.
+
+    limit: entered here; when it fires the outcome is `upstream_timeout`.
+    """
+    exchange: Exchange | None = None
+    account: StreamAccount | UnaryAccount | NoAccount = NoAccount()
+    gaps_ns: list[int] = []
+    try:
+        async with limit:
+            exchange = await http.request(
+                b"POST", TARGETS[endpoint], [*headers, (b"content-length", b"%d" % len(body))], body
+            )
+            await exchange.wait_head()
+            account = _account_for(exchange, FAMILIES[endpoint])
+            await _read(exchange, account, gaps_ns)
+        outcome, error = outcome_of(
+            exchange.status,
+            account.result(),
+            is_stream=isinstance(account, StreamAccount),
+            is_terminal=account.terminal,
+        )
+    except ConnectFailed as failure:
+        outcome, error = Outcome.CONNECT_ERROR, str(failure)
+    except TimeoutError:
+        outcome, error = Outcome.UPSTREAM_TIMEOUT, "the answer was not whole in time"
+    except (ConnectionLost, BadResponse) as failure:
+        has_begun = exchange is not None and exchange.has_head
+        outcome, error = Outcome.TRUNCATED if has_begun else Outcome.UPSTREAM_ERROR, str(failure)
+    except OSError as failure:
+        outcome, error = Outcome.CONNECT_ERROR, failure.strerror or type(failure).__name__
+    finally:
+        if exchange is not None:
+            exchange.abort()
+    accounted = account.result()
+    is_whole = exchange is not None and exchange.is_complete
+    return Reply(
+        outcome=outcome,
+        began_ns=began_ns,
+        end_ns=exchange.received_ns if exchange is not None and is_whole else time.monotonic_ns(),
+        sent_ns=exchange.sent_ns if exchange is not None else None,
+        first_chunk_ns=accounted.first_chunk_ns,
+        last_chunk_ns=accounted.last_chunk_ns,
+        usage=accounted.usage,
+        status=exchange.status if exchange is not None and exchange.has_head else None,
+        error=error,
+        gaps_ns=gaps_ns,
+    )
+
+
+def _account_for(exchange: Exchange, family: Family) -> StreamAccount | UnaryAccount:
+    content_type = next((value for name, value in exchange.headers if name.lower() == b"content-type"), b"")
+    is_stream = exchange.status < 300 and content_type.lower().startswith(b"text/event-stream")
+    return StreamAccount(family) if is_stream else UnaryAccount(family)
+
+
+async def _read(exchange: Exchange, account: StreamAccount | UnaryAccount, gaps_ns: list[int]) -> None:
+    """Account for the answer as it arrives."""
+    seen = account.result() if isinstance(account, StreamAccount) else None
+    while True:
+        data = exchange.take()
+        if data:
+            account.feed(exchange.received_ns, data)
+            if seen is not None:
+                now = account.result()
+                _gaps(seen, now, gaps_ns)
+                seen = now
+        if exchange.is_complete:
+            break
+        await exchange.wait()
+    account.eof(exchange.received_ns)
+    if seen is not None:
+        _gaps(seen, account.result(), gaps_ns)
+
+
+def _gaps(before: Accounted, after: Accounted, gaps_ns: list[int]) -> None:
+    """Append the gaps of the chunks that came between two looks; they came together."""
+    chunks = after.content_chunks - before.content_chunks
+    if chunks and before.last_chunk_ns is not None and after.last_chunk_ns is not None:
+        gaps_ns.append(after.last_chunk_ns - before.last_chunk_ns)
+        chunks -= 1
+    elif chunks:
+        chunks -= 1  # the very first chunk has no gap before it
+    gaps_ns.extend([0] * chunks)
+
+
+class Unanswered(Exception):
+    """The target does not answer a question of the replay's: another status than 200, or not the JSON expected."""
+
+    def __init__(self, reason: str, status: int | None = None) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class Counted(msgspec.Struct, frozen=True):
+    """vLLM's answer to /tokenize."""
+
+    count: int
+    max_model_len: int | None = None
+
+
+async def list_models(http: HttpClient, api_key: str | None, timeout_s: float) -> list[str]:
+    """The names of the models that the target serves.
+
+    Raises Unanswered, ConnectFailed, ConnectionLost, BadResponse, TimeoutError.
+    """
+    status, body = await _ask(http, b"GET", b"/v1/models", auth_headers(api_key), b"", timeout_s)
+    if status != 200:
+        raise Unanswered(f"HTTP {status}", status)
+    try:
+        return [model.id for model in msgspec.json.decode(body, type=_Models).data]
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise Unanswered("not a list of models") from None
+
+
+async def count_tokens(
+    http: HttpClient, endpoint: Endpoint, model: str, text: str, api_key: str | None, timeout_s: float
+) -> Counted:
+    """The tokens that the target counts for a prompt, its chat template included.
+
+    Raises Unanswered when it cannot be had for any reason.
+    """
+    body: dict[str, object] = {"model": model}
+    if endpoint == "chat":
+        body |= {"messages": [{"role": "user", "content": text}], "add_generation_prompt": True}
+    else:
+        body["prompt"] = text
+    data = msgspec.json.encode(body)
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(data)),
+        (b"x-burstgate-origin", Origin.REPLAY.encode()),
+        *auth_headers(api_key),
+    ]
+    try:
+        status, answer = await _ask(http, b"POST", b"/tokenize", headers, data, timeout_s)
+        if status != 200:
+            raise Unanswered(f"HTTP {status}", status)
+        return msgspec.json.decode(answer, type=Counted)
+    except (ConnectFailed, ConnectionLost, BadResponse, OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Unanswered(str(error) or type(error).__name__) from error
+
+
+async def _ask(
+    http: HttpClient, method: bytes, target: bytes, headers: Headers, body: bytes, timeout_s: float
+) -> tuple[int, bytes]:
+    exchange: Exchange | None = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            exchange = await http.request(method, target, headers, body)
+            parts = bytearray()
+            while not exchange.is_complete:
+                await exchange.wait()
+                parts += exchange.take()
+                if len(parts) > MAX_ANSWER_BYTES:
+                    raise Unanswered(f"an answer over {MAX_ANSWER_BYTES} bytes")
+            return exchange.status, bytes(parts + exchange.take())
+    finally:
+        if exchange is not None:
+            exchange.abort()

@@ -1,0 +1,67 @@
+"""What one replayed request was and did: one line of the samples file.
+
+Seconds since schedule zero in `due_s` and `sent_s`; latencies from `wire.latency`, so that they mean what the gateway's
+mean. Unknown is None. `error` says what went wrong in our words and the upstream's error type, never a body's text.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from replay.client import Reply
+from replay.schedule import Planned
+from traces.record import Outcome
+from wire.latency import e2e_s, tpot_s, ttft_s
+
+
+class Sample(msgspec.Struct, frozen=True, gc=False):
+    """One request that was due and was tried."""
+
+    index: int
+    due_s: float
+    sent_s: float | None
+    """None when no connection could be made."""
+    dispatch_lag_s: float | None
+    """Real send minus planned send, connection set-up included."""
+    wake_lag_s: float
+    """How late the replay itself began with the request."""
+    ttft_s: float | None
+    tpot_s: float | None
+    e2e_s: float | None
+    """Real send to the last byte, or to the failure."""
+    e2e_from_due_s: float | None
+    """Planned send to the last byte: what a user who came on time saw."""
+    request_tokens_asked: int
+    request_tokens_got: int | None
+    """By the upstream's usage."""
+    response_tokens_asked: int
+    response_tokens_got: int | None
+    status: int | None
+    outcome: Outcome
+    error: str | None = None
+
+
+def measure(row: Planned, reply: Reply, start_ns: int) -> Sample:
+    """The sample of a sendable row. start_ns: schedule zero."""
+    due_ns = start_ns + round(row.due_s * 1e9)
+    sent_ns = reply.sent_ns
+    usage = reply.usage
+    response_tokens = usage.response_tokens if usage is not None else None
+    return Sample(
+        index=row.index,
+        due_s=row.due_s,
+        sent_s=None if sent_ns is None else (sent_ns - start_ns) / 1e9,
+        dispatch_lag_s=None if sent_ns is None else (sent_ns - due_ns) / 1e9,
+        wake_lag_s=(reply.began_ns - due_ns) / 1e9,
+        ttft_s=None if sent_ns is None else ttft_s(sent_ns, reply.first_chunk_ns),
+        tpot_s=tpot_s(reply.first_chunk_ns, reply.last_chunk_ns, response_tokens),
+        e2e_s=None if sent_ns is None else e2e_s(sent_ns, reply.end_ns),
+        e2e_from_due_s=None if sent_ns is None else e2e_s(due_ns, reply.end_ns),
+        request_tokens_asked=row.request_tokens or 0,
+        request_tokens_got=usage.request_tokens if usage is not None else None,
+        response_tokens_asked=row.response_tokens or 0,
+        response_tokens_got=response_tokens,
+        status=reply.status,
+        outcome=reply.outcome,
+        error=reply.error,
+    )

@@ -1,0 +1,152 @@
+"""What the simulator counts, and its two forms: /metrics with vLLM's Prometheus names, /stats as JSON. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import CollectorRegistry
+
+_LATENCY_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
+_REQUEST_BUCKETS_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0)
+_TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+
+class Histogram:
+    """Counts of values by bucket."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Counts one value in the first bucket whose bound is not below it."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """Prometheus' cumulative buckets with their upper bounds as text, and the sum of the values."""
+        total = 0
+        cumulative: list[tuple[str, float]] = []
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            total += count
+            cumulative.append(("+Inf" if bound == float("inf") else str(float(bound)), float(total)))
+        return cumulative, self._sum
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """/stats. Requests in `accepted`, `in_flight`, `finished`, `aborted`; the rest counts sequences.
+
+    accepted = in_flight + finished + aborted. Refused requests and those of routes without work count nowhere.
+    """
+
+    accepted: int
+    in_flight: int
+    running: int
+    waiting: int
+    finished: int
+    aborted: int
+    preempted: int
+    kv_usage: float
+    max_running: int
+    """Most sequences that ran at once since the start."""
+    prompt_tokens: int
+    generation_tokens: int
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has happened since the start."""
+
+    accepted: int = 0
+    finished: int = 0
+    aborted: int = 0
+    preempted: int = 0
+    max_running: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    reasons: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0})
+    ttft_s: Histogram = field(default_factory=lambda: Histogram(_LATENCY_BUCKETS_S))
+    e2e_s: Histogram = field(default_factory=lambda: Histogram(_REQUEST_BUCKETS_S))
+    queue_s: Histogram = field(default_factory=lambda: Histogram(_REQUEST_BUCKETS_S))
+    request_prompt_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKEN_BUCKETS))
+    request_generation_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKEN_BUCKETS))
+
+    def stats(self, *, running: int, waiting: int, kv_usage: float) -> Stats:
+        """The counts with the engine's present state."""
+        return Stats(
+            accepted=self.accepted,
+            in_flight=self.accepted - self.finished - self.aborted,
+            running=running,
+            waiting=waiting,
+            finished=self.finished,
+            aborted=self.aborted,
+            preempted=self.preempted,
+            kv_usage=kv_usage,
+            max_running=self.max_running,
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.generation_tokens,
+        )
+
+
+class _Exposition:
+    """A Prometheus collector of one moment."""
+
+    def __init__(self, counters: Counters, stats: Stats, model: str) -> None:
+        self._counters = counters
+        self._stats = stats
+        self._labels = ["0", model]
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, in vLLM's order."""
+        stats, counters = self._stats, self._counters
+        yield self._gauge("num_requests_running", "Number of requests in model execution batches.", stats.running)
+        yield self._gauge("num_requests_waiting", "Number of requests waiting to be processed.", stats.waiting)
+        usage = "KV-cache usage. 1 means 100 percent usage."
+        yield self._gauge("kv_cache_usage_perc", usage, stats.kv_usage)
+        preemptions = "Cumulative number of preemption from the engine."
+        yield self._counter("num_preemptions", preemptions, counters.preempted)
+        yield self._counter("prompt_tokens", "Number of prefill tokens processed.", counters.prompt_tokens)
+        yield self._counter("generation_tokens", "Number of generation tokens processed.", counters.generation_tokens)
+        success = CounterMetricFamily(
+            "vllm:request_success",
+            "Count of successfully processed requests.",
+            labels=["engine", "model_name", "finished_reason"],
+        )
+        for reason, count in counters.reasons.items():
+            success.add_metric([*self._labels, reason], count)
+        yield success
+        histograms = (
+            ("request_prompt_tokens", "Number of prefill tokens processed.", counters.request_prompt_tokens),
+            ("request_generation_tokens", "Number of generation tokens processed.", counters.request_generation_tokens),
+            ("time_to_first_token_seconds", "Histogram of time to first token in seconds.", counters.ttft_s),
+            ("e2e_request_latency_seconds", "Histogram of e2e request latency in seconds.", counters.e2e_s),
+            ("request_queue_time_seconds", "Histogram of time spent in WAITING phase for request.", counters.queue_s),
+        )
+        for name, text, histogram in histograms:
+            family = HistogramMetricFamily(f"vllm:{name}", text, labels=["engine", "model_name"])
+            buckets, total = histogram.buckets()
+            family.add_metric(self._labels, buckets=buckets, sum_value=total)
+            yield family
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"vllm:{name}", text, labels=["engine", "model_name"])
+        family.add_metric(self._labels, value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"vllm:{name}", text, labels=["engine", "model_name"])
+        family.add_metric(self._labels, value)
+        return family
+
+
+def exposition(counters: Counters, stats: Stats, model: str) -> bytes:
+    """The body of /metrics."""
+    registry = CollectorRegistry()
+    registry.register(_Exposition(counters, stats, model))
+    return generate_latest(registry)

@@ -1,0 +1,123 @@
+"""Is everything accounted for? `accepted = in database + in journal + dropped{reason}`, on a live or stopped installation.
+
+The four terms come from four places: accepted and dropped from the writers' counters (from the database for writers
+that are finished), in journal from reading the segments, in database from the recorder's committed counts. On a live
+gateway they move while they are read, so the check is a bracket: the database is read first, then the journal behind
+the committed offsets, and their sum must lie between the begun requests counted before and those counted after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage.counters import read_counters
+from storage.journal import RETIRED
+from storage.recorder import SegmentReader, is_writer_alive, writer_directories
+from storage.sink import Sink, WriterRow
+
+_EVERYTHING = 1 << 60
+_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """The identity's terms, in requests."""
+
+    accepted: int
+    in_database: int
+    in_journal: int
+    """Recorded ends that are not committed yet, and requests in flight."""
+    dropped: Mapping[str, int]
+    slack: int
+    """How far live counters moved while they were read; 0 when nothing runs."""
+    strangers: tuple[str, ...] = ()
+    """Writers that finished into another database than the one asked."""
+
+    @property
+    def missing(self) -> int:
+        """Requests that are nowhere; negative when something is there twice."""
+        difference = self.accepted - self.in_database - self.in_journal - sum(self.dropped.values())
+        if difference > 0:
+            return max(0, difference - self.slack)
+        return min(0, difference + self.slack)
+
+    @property
+    def is_balanced(self) -> bool:
+        """Nothing missing, nothing twice."""
+        return self.missing == 0 and not self.strangers
+
+
+@dataclass(frozen=True, slots=True)
+class _Count:
+    accepted: int
+    dropped: Mapping[str, int]
+
+
+def _count(directory: Path) -> _Count:
+    try:
+        values = read_counters(directory / "counters")
+    except (OSError, ValueError):
+        return _Count(0, {})
+    dropped = {name.removeprefix("dropped_"): n for name, n in values.items() if name.startswith("dropped_") and n}
+    return _Count(values.get("accepted", 0), dropped)
+
+
+def take_balance(journal: Path, sink: Sink) -> Balance:
+    """Read the terms, again while a segment is deleted under the reader. Raises SinkUnavailable, OSError."""
+    for _ in range(_TRIES):
+        balance = _take_once(journal, sink)
+        if balance.is_balanced:
+            break
+    return balance
+
+
+def _take_once(journal: Path, sink: Sink) -> Balance:
+    directories = {directory.name: directory for directory in writer_directories(journal)}
+    retired = {path.name.removesuffix(".counters") for path in (journal / RETIRED).glob("*.counters")}
+    before = {name: _count(directory) for name, directory in directories.items()}
+    rows = {row.writer_id: row for row in sink.totals()}
+    offsets = sink.progress()
+    in_journal = 0
+    slack = 0
+    for name, directory in directories.items():
+        row = rows.get(name)
+        if row is not None and row.finished:
+            continue
+        reader = SegmentReader(directory, {s: offset for (writer, s), offset in offsets.items() if writer == name})
+        records, _ = reader.read(_EVERYTHING)
+        in_journal += len(records) + len(reader.open)
+        slack += 1  # a frame is written before its counter
+    after = {name: _count(directory) for name, directory in directories.items()}
+    accepted = 0
+    dropped: dict[str, int] = {}
+    for name in directories:
+        row = rows.get(name)
+        counts = _finished_count(row) if row is not None and row.finished else after[name]
+        accepted += counts.accepted
+        slack += max(0, after[name].accepted - before[name].accepted)
+        _add(dropped, counts.dropped)
+    for name in retired - directories.keys():
+        row = rows.get(name)
+        if row is not None:
+            accepted += row.accepted
+            _add(dropped, row.dropped)
+    known = [row for name, row in rows.items() if name in directories or name in retired]
+    strangers = tuple(sorted(name for name in retired if name not in rows))
+    return Balance(accepted, sum(row.recorded for row in known), in_journal, dropped, slack, strangers)
+
+
+def _finished_count(row: WriterRow) -> _Count:
+    return _Count(row.accepted, row.dropped)
+
+
+def _add(total: dict[str, int], more: Mapping[str, int]) -> None:
+    for reason, n in more.items():
+        if n:
+            total[reason] = total.get(reason, 0) + n
+
+
+def live_writers(journal: Path) -> int:
+    """How many writers hold their lock."""
+    return sum(is_writer_alive(directory) for directory in writer_directories(journal))

@@ -1,0 +1,290 @@
+"""The journal: where a request's record is safe before its client has the last byte.
+
+Layout of `DATA_DIR/journal/`:
+
+    WRITER/lock             held with flock(2) while the writer lives; the kernel lets go of it however the writer dies
+    WRITER/counters         see storage/counters.py
+    WRITER/00000001.seg     segments, frames as in storage/frame.py, one writer, append only
+    retired/WRITER.counters the counters of writers whose every record is in the database
+
+WRITER is a UUIDv7, new for every process that writes. A frame's payload is one kind byte and a body:
+
+    H  header, JSON, first frame of a segment: format, version, writer, gateway, segment, created_at, field names
+    B  begun, MessagePack array in the order of `Begun`: a request was accepted
+    E  ended, MessagePack array in the order of `traces.record.TraceRecord`: its one record
+
+Rules: every B is followed, in the same or a later segment, by one E with the same request id, unless the writer died;
+then the recorder writes that request's record, outcome `gateway_crash`. A new segment repeats the B of every request
+still open, so that each segment can be deleted as soon as its own records are in the database. Appending is one
+write(2) without fsync: it survives any death of the process, and `sync()` once a second bounds what a power cut takes.
+A write that fails is cut off again, so that a full disk never leaves half a frame before a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections import deque
+from pathlib import Path
+
+import msgspec
+
+from storage.counters import Counters
+from storage.frame import encode_frame
+from traces.record import LogType, Origin, Outcome, TraceRecord
+
+VERSION = 1
+SEGMENT_SUFFIX = ".seg"
+RETIRED = "retired"
+MAX_UNWRITTEN = 10_000
+"""Records kept in memory while the disk refuses them."""
+RESERVE_BYTES = 2048
+"""What a request must find free in the budget to be accepted, so that its end finds room too."""
+
+
+class Begun(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What is known of a request when it is accepted; a record is made of it should the worker die."""
+
+    request_id: str
+    received_at: float
+    session_id: str | None = None
+    model: str | None = None
+    log_type: LogType = LogType.API
+    client_request_id: str | None = None
+    endpoint: str = ""
+    stream: bool = False
+    max_tokens: int | None = None
+    origin: Origin = Origin.CLIENT
+    run_id: str | None = None
+    tenant: str | None = None
+
+
+class Header(msgspec.Struct, frozen=True):
+    """The first frame of a segment."""
+
+    format: str
+    version: int
+    writer: str
+    gateway: str
+    segment: int
+    created_at: float
+    begun_fields: tuple[str, ...]
+    record_fields: tuple[str, ...]
+
+
+def crash_record(begun: Begun, gateway: str) -> TraceRecord:
+    """The record of a request whose worker died: as much as was known at its start."""
+    return TraceRecord(
+        request_id=begun.request_id,
+        received_at=begun.received_at,
+        session_id=begun.session_id,
+        model=begun.model,
+        log_type=begun.log_type,
+        outcome=Outcome.GATEWAY_CRASH,
+        client_request_id=begun.client_request_id,
+        endpoint=begun.endpoint,
+        stream=begun.stream,
+        max_tokens=begun.max_tokens,
+        origin=begun.origin,
+        run_id=begun.run_id,
+        tenant=begun.tenant,
+        gateway=gateway,
+    )
+
+
+JOURNAL_COUNTERS = ("accepted", "ended", "dropped_budget", "dropped_io", "journal_bytes", "journal_unwritten")
+"""Slots that the journal keeps, in this order, before those of its owner.
+
+accepted: requests begun, journaled or dropped. ended: requests whose end is in the journal or in memory to be written.
+dropped_*: requests of which nothing is recorded, by reason. journal_bytes: bytes appended. journal_unwritten (a gauge):
+ends that wait in memory because the disk refused them.
+"""
+_ACCEPTED, _ENDED, _BUDGET, _IO, _BYTES, _UNWRITTEN = range(len(JOURNAL_COUNTERS))
+
+
+def segment_path(directory: Path, segment: int) -> Path:
+    """The file of a writer's segment."""
+    return directory / f"{segment:08d}{SEGMENT_SUFFIX}"
+
+
+def directory_bytes(journal: Path) -> int:
+    """The size of all segments of all writers."""
+    total = 0
+    for path in journal.glob(f"*/*{SEGMENT_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size
+    return total
+
+
+class JournalWriter:
+    """One process's journal. All methods but `sync` are for one thread; none blocks on anything but write(2).
+
+    budget_bytes is for the whole journal directory: `refresh_budget()`, about once a second, measures what is left.
+    """
+
+    def __init__(
+        self,
+        journal: Path,
+        writer_id: str,
+        *,
+        gateway: str,
+        counter_names: tuple[str, ...] = (),
+        segment_bytes: int = 16 * 1024 * 1024,
+        budget_bytes: int = 10 * 1024**3,
+    ) -> None:
+        """Create the writer's directory and first segment. Raises OSError."""
+        self.writer_id = writer_id
+        self.directory = journal / writer_id
+        self._journal = journal
+        self._gateway = gateway
+        self._segment_bytes = segment_bytes
+        self._budget_bytes = budget_bytes
+        self._allowance_bytes = 0
+        self._open: dict[str, bytes] = {}
+        self._unwritten: deque[tuple[str, bytes]] = deque()
+        self._retired: deque[int] = deque()
+        self._encoder = msgspec.msgpack.Encoder()
+        # Made under a hidden name and renamed: whoever sees a writer's directory sees it locked and with a segment.
+        final = self.directory
+        self.directory = journal / f".{writer_id}"
+        self.directory.mkdir(parents=True, mode=0o700)
+        self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.counters = Counters(self.directory / "counters", JOURNAL_COUNTERS + counter_names)
+        self._slots = self.counters.slots
+        self._segment = 0
+        self._fd = -1
+        self._size = 0
+        self._needs_segment = False
+        self._start_segment()
+        self.directory.rename(final)
+        self.directory = final
+        self.refresh_budget()
+
+    def begin(self, begun: Begun) -> bool:
+        """Accept a request. False: its record is dropped and counted, and `end` must not be called for it."""
+        frame = encode_frame(b"B" + self._encoder.encode(begun))
+        if self._allowance_bytes < RESERVE_BYTES + len(frame):
+            self._slots[_BUDGET] += 1
+            self._slots[_ACCEPTED] += 1
+            return False
+        if not self._append(frame):
+            self._slots[_IO] += 1
+            self._slots[_ACCEPTED] += 1
+            return False
+        self._open[begun.request_id] = frame
+        self._slots[_ACCEPTED] += 1
+        return True
+
+    def end(self, record: TraceRecord) -> None:
+        """The request's one record. When this returns it survives the process (unless the disk refuses it)."""
+        frame = encode_frame(b"E" + self._encoder.encode(record))
+        self._slots[_ENDED] += 1
+        if self._unwritten or not self._append(frame):
+            if len(self._unwritten) < MAX_UNWRITTEN:
+                self._unwritten.append((record.request_id, frame))
+                self._slots[_UNWRITTEN] = len(self._unwritten)
+            return
+        self._open.pop(record.request_id, None)
+        if self._size >= self._segment_bytes:
+            self._rotate()
+
+    def _append(self, frame: bytes) -> bool:
+        if self._needs_segment and not self._rotate():
+            return False
+        try:
+            written = os.write(self._fd, frame)
+        except OSError:
+            written = 0
+        if written != len(frame):
+            self._cut_off()
+            return False
+        self._size += written
+        self._allowance_bytes -= written
+        self._slots[_BYTES] += written
+        return True
+
+    def _cut_off(self) -> None:
+        """Remove what a failed write left; where even that fails, go on in a new segment."""
+        try:
+            os.ftruncate(self._fd, self._size)
+        except OSError:
+            self._needs_segment = True
+
+    def _rotate(self) -> bool:
+        try:
+            self._start_segment()
+        except OSError:
+            self._needs_segment = True
+            return False
+        self._needs_segment = False
+        return True
+
+    def _start_segment(self) -> None:
+        segment = self._segment + 1
+        header = Header(
+            "burstgate-journal",
+            VERSION,
+            self.writer_id,
+            self._gateway,
+            segment,
+            time.time(),
+            Begun.__struct_fields__,
+            TraceRecord.__struct_fields__,
+        )
+        data = encode_frame(b"H" + msgspec.json.encode(header)) + b"".join(self._open.values())
+        path = segment_path(self.directory, segment)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        try:
+            if os.write(descriptor, data) != len(data):
+                raise OSError(f"{path}: no space for a segment's header")
+        except OSError:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise
+        if self._fd >= 0:
+            self._retired.append(self._fd)
+        self._fd = descriptor
+        self._segment = segment
+        self._size = len(data)
+        self._allowance_bytes -= len(data)
+
+    def retry_unwritten(self) -> None:
+        """Write the ends that the disk refused before."""
+        while self._unwritten:
+            request_id, frame = self._unwritten[0]
+            if not self._append(frame):
+                break
+            self._unwritten.popleft()
+            self._open.pop(request_id, None)
+        self._slots[_UNWRITTEN] = len(self._unwritten)
+
+    def refresh_budget(self) -> None:
+        """Measure what the budget leaves."""
+        self._allowance_bytes = self._budget_bytes - directory_bytes(self._journal)
+
+    def sync(self) -> None:
+        """fdatasync what was appended. May run in another thread."""
+        with contextlib.suppress(OSError):
+            os.fdatasync(self._fd)
+        while self._retired:
+            descriptor = self._retired.popleft()
+            with contextlib.suppress(OSError):
+                os.fdatasync(descriptor)
+            os.close(descriptor)
+
+    @property
+    def open_requests(self) -> int:
+        """Requests begun and not ended."""
+        return len(self._open)
+
+    def close(self) -> None:
+        """Sync and let go of the lock: the recorder may finish this writer."""
+        self.retry_unwritten()
+        self.sync()
+        os.close(self._fd)
+        self._fd = -1
+        self.counters.close()
+        os.close(self._lock)

@@ -1,0 +1,157 @@
+"""The database's tables, as SQLAlchemy Core metadata.
+
+`requests` holds one row a request: `TraceRecord`'s fields in its order, so that a row, a journal frame and a batch are
+the same thing in three places. Rules: enums are stored as their text; durations are double precision seconds, stamps
+are epoch seconds with microseconds kept, counts are 64-bit; unknown is NULL. `prefix_blocks` is packed, little-endian,
+eight bytes a block.
+
+The key is (received_at, request_id): a request id exists once because its record carries one `received_at`, and time
+leads because every reader asks for a stretch of time. SQLite keeps the rows in the key's own tree (WITHOUT ROWID).
+PostgreSQL partitions by UTC day, `requests_YYYYMMDD`, with no default partition: a row of a day without its partition
+is an error, never a row in a place where retention does not look. Ids compare byte by byte in both (collation C).
+
+The migrations in `migrations/versions` are what makes a database; a test holds this file and them together.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+from typing import Any
+
+import sqlalchemy as sa
+
+REQUESTS_COMMENTS: dict[str, str] = {
+    "request_id": "UUIDv7 text; the key under which a record exists once",
+    "received_at": "when the gateway received the request, epoch seconds, microseconds kept",
+    "session_id": "the conversation; NULL when the request belongs to none",
+    "elapsed_s": "submission to last byte, seconds",
+    "model": "the model as the client asked for it",
+    "request_tokens": "prompt tokens; NULL when unknown",
+    "response_tokens": "output tokens, as observed, also on failures; NULL when unknown",
+    "log_type": "Conversation log or API log",
+    "outcome": "ok, or how the request failed",
+    "client_request_id": "the client's own X-Request-Id",
+    "served_model": "the model as the upstream answered",
+    "status": "HTTP status sent to the client; NULL when none was sent",
+    "error_type": "the upstream's own error type, or the gateway's",
+    "ttft_s": "first content chunk minus request sent, seconds",
+    "tpot_s": "(last chunk - first chunk) / (output tokens - 1), seconds; NULL under 2 tokens",
+    "queue_s": "time held by shaping, seconds",
+    "endpoint": "path of the request, without its query",
+    "stream": "whether the client asked for a stream",
+    "upstream": "the upstream that answered",
+    "attempts": "upstream attempts made",
+    "finish_reason": "why generation stopped, as the upstream says",
+    "cached_tokens": "prompt tokens served from the prefix cache; NULL when unknown",
+    "max_tokens": "the output limit that the client set; NULL when none",
+    "token_source": "where the counts come from: usage, estimated, none",
+    "prefix_blocks": "keyed hashes of prompt-prefix blocks, packed little-endian unsigned 64-bit",
+    "origin": "who caused the request: client, replay, injected, shadow, imported",
+    "run_id": "the replay or injection run; for imported rows the data set's name",
+    "shadow_of": "request_id of the request that this one mirrors",
+    "tenant": "the tenant that the request was accounted to",
+    "gateway": "name of the gateway that recorded it",
+}
+
+_BINARY_ORDER_TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+_REQUIRED_COLUMNS = frozenset(
+    ("request_id", "received_at", "log_type", "outcome", "endpoint", "stream", "attempts", "token_source", "origin")
+)
+_DAY_S = 86_400
+_PARTITION = re.compile(r"requests_\d{8}")
+
+
+_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
+    "request_id": _BINARY_ORDER_TEXT,
+    "stream": sa.Boolean(),
+    "prefix_blocks": sa.LargeBinary(),
+    **dict.fromkeys(("received_at", "elapsed_s", "ttft_s", "tpot_s", "queue_s"), sa.Double()),
+    **dict.fromkeys(
+        ("request_tokens", "response_tokens", "status", "attempts", "cached_tokens", "max_tokens"), sa.BigInteger()
+    ),
+}
+
+metadata = sa.MetaData()
+
+requests = sa.Table(
+    "requests",
+    metadata,
+    *(
+        sa.Column(name, _TYPES.get(name, sa.Text()), nullable=name not in _REQUIRED_COLUMNS, comment=comment)
+        for name, comment in REQUESTS_COMMENTS.items()
+    ),
+    sa.PrimaryKeyConstraint("received_at", "request_id", name="requests_pkey"),
+    comment="one row a request",
+    sqlite_with_rowid=False,
+    postgresql_partition_by="RANGE (received_at)",
+)
+_HAS_SESSION = requests.c.session_id.is_not(None)
+_IS_FAILURE = sa.literal_column("outcome") != sa.literal_column("'ok'")
+sa.Index(
+    "requests_session",
+    requests.c.session_id,
+    requests.c.received_at,
+    sqlite_where=_HAS_SESSION,
+    postgresql_where=_HAS_SESSION,
+)
+sa.Index("requests_failures", requests.c.received_at, sqlite_where=_IS_FAILURE, postgresql_where=_IS_FAILURE)
+
+writers = sa.Table(
+    "writers",
+    metadata,
+    sa.Column("writer_id", sa.Text(), primary_key=True, comment="the journal writer: one gateway worker's life"),
+    sa.Column("gateway", sa.Text(), nullable=False, comment="name of the gateway it worked for"),
+    sa.Column("accepted", sa.BigInteger(), nullable=False, comment="requests that it took on"),
+    sa.Column("dropped", sa.JSON(), nullable=False, comment="records it dropped, by reason"),
+    sa.Column("recorded", sa.BigInteger(), nullable=False, comment="records of it that reached the database"),
+    sa.Column("finished", sa.Boolean(), nullable=False, comment="whether it has ended and its journal was read whole"),
+    comment="the accounting behind accepted = in database + in journal + dropped",
+)
+
+segments = sa.Table(
+    "segments",
+    metadata,
+    sa.Column("writer_id", sa.Text(), primary_key=True, comment="the journal writer"),
+    sa.Column("segment", sa.BigInteger(), primary_key=True, autoincrement=False, comment="number of its segment file"),
+    sa.Column("offset_bytes", sa.BigInteger(), nullable=False, comment="frames that end at or before it are recorded"),
+    comment="how far each journal segment has been recorded",
+)
+
+datasets = sa.Table(
+    "datasets",
+    metadata,
+    sa.Column("name", sa.Text(), primary_key=True, comment="the data set; run_id of its rows in requests"),
+    sa.Column("format", sa.Text(), nullable=False, comment="format of the file it came from"),
+    sa.Column("day_zero", sa.Date(), nullable=False, comment="the local day on which its Timestamp 0 lies"),
+    sa.Column("timezone", sa.Text(), nullable=False, comment="IANA time zone of day_zero"),
+    sa.Column("stamps", sa.Text(), nullable=False, comment="how it spells Timestamp: int or float"),
+    sa.Column("rows", sa.BigInteger(), nullable=False, comment="rows of the file"),
+    sa.Column("imported_at", sa.Double(), nullable=False, comment="when it was first imported, epoch seconds"),
+    comment="traces that came from files",
+)
+
+
+def utc_day(epoch_s: float) -> int:
+    """The UTC day of a stamp, counted from 1970-01-01."""
+    return math.floor(epoch_s / _DAY_S)
+
+
+def partition_name(day: int) -> str:
+    """Name of a UTC day's partition, `requests_YYYYMMDD`. Raises ValueError outside the years 1 to 9999."""
+    try:
+        date = datetime.date(1970, 1, 1) + datetime.timedelta(days=day)
+    except OverflowError:
+        raise ValueError(f"received_at: expected a day in the years 1 to 9999, got day {day} from 1970-01-01") from None
+    return f"requests_{date:%Y%m%d}" if date.year >= 1000 else f"requests_{date.year:04}{date:%m%d}"
+
+
+def partition_bounds_s(day: int) -> tuple[int, int]:
+    """The half-open range of `received_at` that the day's partition holds, epoch seconds."""
+    return day * _DAY_S, (day + 1) * _DAY_S
+
+
+def is_partition(table_name: str) -> bool:
+    """Whether a table is a day of `requests` rather than a table of `metadata`."""
+    return _PARTITION.fullmatch(table_name) is not None

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import polars as pl
+import pytest
+import sqlalchemy as sa
+
+from storage.engine import DatabaseUnavailable, open_engine, upgrade
+from storage.importing import import_trace
+from storage.query import Dataset, Filter, count, read_batches, read_datasets
+from storage.sink import open_sink
+from traces.batch import SCHEMA, batch_from_records
+from traces.codec import UNIX_CLOCK
+from traces.record import LogType, Origin, Outcome, TraceRecord
+
+T0_S = 1_700_000_000.5
+RECORDS = [
+    TraceRecord("a", T0_S, session_id="s1", model="m1", log_type=LogType.CONVERSATION, origin=Origin.CLIENT),
+    TraceRecord("c", T0_S + 1, model="m2", outcome=Outcome.TRUNCATED, prefix_blocks=(1, 2**64 - 1), stream=True),
+    TraceRecord("b", T0_S + 1, session_id="s2", model="m1", outcome=Outcome.REJECTED, prefix_blocks=()),  # a tie
+    TraceRecord("d", T0_S + 90_000, model=None, origin=Origin.REPLAY, run_id="r1"),
+    TraceRecord("e", T0_S + 90_001, session_id="s1", model="ü'; DROP TABLE requests", origin=Origin.SHADOW),
+]
+ORDER = "abcde"
+
+
+@pytest.fixture
+def filled(engine: sa.Engine) -> sa.Engine:
+    open_sink(engine).commit(list(reversed(RECORDS)))
+    return engine
+
+
+FILTERS = [
+    (Filter(), ORDER),
+    (Filter(start_s=T0_S + 1), "bcde"),  # the start is included
+    (Filter(end_s=T0_S + 90_000), "abc"),  # the end is not
+    (Filter(start_s=T0_S + 1, end_s=T0_S + 1), ""),
+    (Filter(start_s=0.0, end_s=0.0), ""),  # zero is a bound
+    (Filter(models=("m1",)), "ab"),
+    (Filter(models=("m1", "m2", "nobody's")), "abc"),
+    (Filter(models=("ü'; DROP TABLE requests",)), "e"),
+    (Filter(sessions=("s1",)), "ae"),
+    (Filter(outcomes=(Outcome.TRUNCATED, Outcome.REJECTED)), "bc"),
+    (Filter(outcomes=("ok",)), "ade"),
+    (Filter(origins=(Origin.REPLAY,)), "d"),
+    (Filter(log_types=(LogType.CONVERSATION,)), "a"),
+    (Filter(log_types=("conversation log",)), ""),
+    (Filter(run_ids=("r1",)), "d"),
+    (Filter(models=("m1",), sessions=("s2",), start_s=T0_S), "b"),
+    (Filter(models=("m1",), sessions=("s1",), outcomes=("rejected",)), ""),
+    (Filter(sessions=tuple(f"s{number}" for number in range(2000))), "abe"),
+]
+
+
+@pytest.mark.parametrize(("selection", "ids"), FILTERS)
+def test_what_a_filter_selects_in_time_order(filled: sa.Engine, selection: Filter, ids: str) -> None:
+    batches = list(read_batches(filled, selection))
+    assert "".join("".join(batch["request_id"]) for batch in batches) == ids
+    assert count(filled, selection) == len(ids)
+    assert len(batches) == bool(ids)  # no rows, no batch
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2, 3, 4, 5, 6])
+def test_batches_are_whole_however_they_are_cut(filled: sa.Engine, batch_rows: int) -> None:
+    batches = list(read_batches(filled, Filter(), batch_rows=batch_rows))
+    assert {batch.height for batch in batches[:-1]} <= {batch_rows}
+    assert all(batch.schema == pl.Schema(SCHEMA) for batch in batches)
+    expected = batch_from_records(sorted(RECORDS, key=lambda record: record.request_id))
+    assert pl.concat(batches).equals(expected)
+
+
+def test_a_reader_that_stops_early_gives_its_connection_back(filled: sa.Engine) -> None:
+    for _ in range(20):  # more than a pool has
+        reading = read_batches(filled, Filter(), batch_rows=1)
+        next(reading)
+        reading.close()
+    assert count(filled, Filter()) == 5
+
+
+def test_rows_written_while_reading_are_not_in_it(filled: sa.Engine) -> None:
+    reading = read_batches(filled, Filter(), batch_rows=1)
+    first = next(reading)
+    open_sink(filled).commit([TraceRecord("z", T0_S + 90_002)])
+    assert sum(batch.height for batch in reading) + first.height == 5
+    assert count(filled, Filter()) == 6
+
+
+def test_no_batch_of_no_rows_can_be_asked_for(engine: sa.Engine) -> None:
+    with pytest.raises(ValueError, match="batch_rows: expected an integer >= 1, got 0"):
+        read_batches(engine, Filter(), batch_rows=0)
+
+
+@pytest.mark.parametrize("read", [count, lambda engine, selection: next(read_batches(engine, selection))])
+def test_a_database_without_its_schema_says_so(database_url: str, read: object) -> None:
+    bare = open_engine(database_url)
+    assert callable(read)
+    with pytest.raises(DatabaseUnavailable, match="burstgate db upgrade"):
+        read(bare, Filter())
+    bare.dispose()
+
+
+def test_a_database_that_is_down_says_so() -> None:
+    with pytest.raises(DatabaseUnavailable, match="Connection refused"):
+        next(read_batches(open_engine("postgresql://u@127.0.0.1:1/db"), Filter()))
+
+
+def test_data_sets(engine: sa.Engine, tmp_path: Path) -> None:
+    assert read_datasets(engine) == {}
+    path = tmp_path / "x.csv"
+    path.write_text("Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,m,1,2,3,API log\n")
+    import_trace(engine, path)
+    assert read_datasets(engine) == {"x": Dataset("x", "burstgpt6", UNIX_CLOCK, "int", 1)}
+
+
+@pytest.fixture
+def large(engine: sa.Engine) -> sa.Engine:
+    sink = open_sink(engine)
+    for start in range(0, 40_000, 10_000):
+        sink.commit(
+            [TraceRecord(f"{number:08}", T0_S + number, model="m" * 50) for number in range(start, start + 10_000)]
+        )
+    return engine
+
+
+def test_memory_does_not_grow_with_the_selection(large: sa.Engine) -> None:
+    def peak_bytes(selection: Filter) -> int:
+        tracemalloc.start()
+        rows = sum(batch.height for batch in read_batches(large, selection, batch_rows=2_000))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert rows == count(large, selection)
+        return peak
+
+    peak_bytes(Filter(end_s=T0_S + 100))
+    assert peak_bytes(Filter()) < 1.5 * peak_bytes(Filter(end_s=T0_S + 4_000))
+
+
+def test_reading_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    engine = open_engine(f"sqlite:///{path}")
+    upgrade(engine)
+    open_sink(engine).commit(RECORDS)
+    engine.dispose()
+    before = path.read_bytes()
+    engine = open_engine(f"sqlite:///{path}")
+    assert count(engine, Filter()) == 5
+    engine.dispose()
+    assert path.read_bytes() == before
