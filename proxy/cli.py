@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from proxy.settings import ConfigError, Loaded, Settings, describe, load_settings
+from proxy.settings import ConfigError, Loaded, Settings, describe, load_settings, show_value
 from storage.engine import DatabaseUnavailable, DatabaseUrlError, SchemaError
 from traces.codec import FORMATS, TraceClock, TraceFormatError
 
@@ -101,7 +101,7 @@ def serve(
     gateway, control = supervisor.start()
     say(f"gateway   {gateway} -> {', '.join(settings.upstreams)}")
     say(f"control   {control} (/metrics, /api/v1/status, /api/v1/doctor)")
-    say(f"recording {dict((key, value) for key, value, _ in describe(loaded))['database_url']}")
+    say(f"recording {show_value(settings.database)}")
     supervisor.run()
 
 

@@ -62,6 +62,13 @@ def uuid7(wall_s: float, draw: Callable[[int], int] = random.getrandbits) -> str
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
+def _is_event_stream(exchange: Exchange) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.lower().startswith(b"text/event-stream")
+        for name, value in exchange.headers
+    )
+
+
 class ClientGone(Exception):
     """The client left while its request was being read."""
 
@@ -178,7 +185,7 @@ class _Request:
             return
         if timers.total_ns and now_ns - self.start_ns > timers.total_ns:
             self.timed_out = f"not complete within {timers.total_ns / 1e9:g} s (timeouts.total_s)"
-        elif not exchange.first_byte_ns:
+        elif not self.answered:
             if timers.first_byte_ns and now_ns - exchange.sent_ns > timers.first_byte_ns:
                 self.timed_out = f"no first byte within {timers.first_byte_ns / 1e9:g} s (timeouts.first_byte_s)"
         elif timers.chunk_ns and now_ns - exchange.received_ns > timers.chunk_ns:
@@ -316,6 +323,11 @@ class _Request:
             self.gateway.watch.add(self)  # only now: until here the body's reader has heard of a client that left
         try:
             await exchange.wait_head()
+            if _is_event_stream(exchange):
+                # vLLM sends a stream's head at once and its first event after the prefill. Until then nothing has been
+                # promised to the client, and an upstream that fails or stays silent is still an error it can read.
+                while not exchange.has_body:
+                    await exchange.wait()
         except (ConnectionLost, BadResponse) as error:
             raise self._upstream_failed(error) from None
         except ConnectFailed as error:  # the retry on a fresh connection found nobody

@@ -71,7 +71,7 @@ class WordModel:
 
 
 def build_text(model: WordModel, word_count: int, key: Sequence[int]) -> str:
-    """`word_count` >= 1 random words with single spaces. The same key gives the same words."""
+    """`word_count` >= 1 random words with single spaces. The same key gives the same words, however many."""
     rng = np.random.default_rng(list(key))
     first = model.first_words[int(rng.integers(len(model.first_words)))]
     words = model.words
@@ -128,12 +128,17 @@ async def fit(count: CountTokens, model: WordModel, tokens: int, key: Sequence[i
     word_count = model.words_for(tokens)
     best, best_tokens = text, await count(text)
     counted = best_tokens
+    tried = {word_count}
     for attempt in range(1, MAX_TRIES):
         if counted == tokens or (word_count == 1 and counted > tokens and model.is_exact):
             break
-        word_count = max(1, word_count + round((tokens - counted) / model.tokens_per_word))
-        # Words are drawn anew only after the plain correction has had its try: it nearly always suffices.
-        text = build_text(model, word_count, key if attempt == 1 else (*key, attempt))
+        # The same key gives the same words again, fewer or more of them; what this text showed is the better ratio.
+        shown = (counted - model.overhead_tokens) / word_count
+        step = (tokens - counted) / (shown if shown > 0 else model.tokens_per_word)
+        word_count = max(1, word_count + round(step))
+        # A length that was tried before needs other words.
+        text = build_text(model, word_count, (*key, attempt) if word_count in tried else key)
+        tried.add(word_count)
         counted = await count(text)
         if abs(counted - tokens) < abs(best_tokens - tokens):
             best, best_tokens = text, counted

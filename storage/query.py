@@ -11,7 +11,7 @@ import contextlib
 import sqlite3
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import polars as pl
@@ -22,6 +22,8 @@ from storage.engine import database_errors
 from storage.schema import datasets, requests
 from traces.batch import SCHEMA
 from traces.codec import TraceClock
+
+_Cursor: TypeAlias = "sqlite3.Cursor | psycopg.ServerCursor[Any]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +137,8 @@ def _read_batches(engine: sa.Engine, selection: Filter, batch_rows: int) -> Gene
     with contextlib.ExitStack() as opened:
         with database_errors(engine):
             pooled = opened.enter_context(contextlib.closing(engine.raw_connection()))
-            driver = pooled.driver_connection
-            if isinstance(driver, sqlite3.Connection):
-                cursor: sqlite3.Cursor | psycopg.ServerCursor[Any] = driver.cursor()
-            else:
-                assert isinstance(driver, psycopg.Connection)
-                cursor = driver.cursor("burstgate_read", binary=True)
+            cursor = _execute(pooled.driver_connection, str(statement), values)
             opened.callback(_close_quietly, cursor)
-            cursor.execute(str(statement) if isinstance(cursor, sqlite3.Cursor) else str(statement).encode(), values)
             rows = cursor.fetchmany(batch_rows)
         while rows:
             yield _batch_of(rows)
@@ -150,7 +146,19 @@ def _read_batches(engine: sa.Engine, selection: Filter, batch_rows: int) -> Gene
                 rows = cursor.fetchmany(batch_rows)
 
 
-def _close_quietly(cursor: sqlite3.Cursor | psycopg.ServerCursor[Any]) -> None:
+def _execute(driver: object, statement: str, values: Any) -> _Cursor:
+    if isinstance(driver, sqlite3.Connection):
+        return driver.execute(statement, values)
+    assert isinstance(driver, psycopg.Connection)
+    cursor = driver.cursor("burstgate_read", binary=True)
+    try:
+        return cursor.execute(statement.encode(), values)
+    except BaseException:
+        _close_quietly(cursor)
+        raise
+
+
+def _close_quietly(cursor: _Cursor) -> None:
     """Closes a cursor whose connection may be broken; the pool finds out about that by itself."""
     with contextlib.suppress(sqlite3.Error, psycopg.Error):
         cursor.close()

@@ -170,6 +170,11 @@ class Exchange:
         return self._parser.is_complete
 
     @property
+    def has_body(self) -> bool:
+        """Body bytes wait to be taken, or the response is complete."""
+        return bool(self._parser.body) or self._parser.is_complete
+
+    @property
     def is_waiting(self) -> bool:
         """Somebody waits for the upstream (and not, say, for a slow client)."""
         return self._waiter is not None

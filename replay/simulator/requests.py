@@ -203,6 +203,8 @@ def parse_completion(body: Body, config: SimulatorConfig) -> Generation:
     prompt = body.get("prompt")
     if prompt is None or prompt == "":
         raise _parameter("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
+    if body.get("suffix"):
+        raise ApiError("suffix is only supported for models with FIM completion rendering", param="suffix")
     prompts = _prompts(prompt, "prompt")
     if not prompts:
         raise ApiError("You must pass at least one prompt")

@@ -69,7 +69,11 @@ class Target:
 
 @pytest.mark.parametrize(
     ("tokens", "overhead_tokens", "is_exact"),
-    [(by_words, 9, True), (by_pieces, 2, True), (by_bytes, None, False)],
+    [
+        (by_words, 9, True),
+        (by_pieces, 4, True),  # the shortest first words without a space before them are three bytes
+        (by_bytes, None, False),
+    ],
 )
 def test_calibration(tokens: Callable[[str], int], overhead_tokens: int | None, is_exact: bool) -> None:
     model = Target(tokens).model()
@@ -124,7 +128,7 @@ def test_the_wanted_length_below_the_template_is_the_shortest_prompt() -> None:
 @given(st.integers(1, 400), st.integers(0, 2**63), st.integers(0, 10**7))
 def test_texts_repeat_by_key_and_have_the_words(count: int, seed: int, index: int) -> None:
     text = build_text(WordModel(), count, (seed, index))
-    assert text == build_text(WordModel(), count, (seed, index))
+    assert build_text(WordModel(), 2 * count, (seed, index)).startswith(text)
     assert len(text.split(" ")) == count
     assert set(text.split(" ")) <= set(WORDS)
 
@@ -158,7 +162,7 @@ def test_usage_teaches_the_ratio(tokens_per_word: float, overhead_tokens: int, w
         ([(10, 20), (10, 20)], 50, 25),
         ([(10, 15), (110, 115)], 50, 45),  # two lengths: a template of 5 tokens too
         ([(10, 0)], 50, 50),  # a server that counts nothing teaches nothing
-        ([(10, 900), (1000, 1)], 50, 57),  # nonsense: the mean ratio, at least
+        ([(10, 900), (1000, 1)], 50, 56),  # nonsense: the mean ratio, at least
     ],
 )
 def test_usage_models(answers: list[tuple[int, int]], asked: int, words: int) -> None:

