@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint lock clean
+.PHONY: demo test test-slow lint lock clean
 
 .venv/.installed: requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"burstgate needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]} (set PYTHON=...)")'
@@ -14,11 +14,13 @@ BIN := .venv/bin
 demo: .venv/.installed
 	@$(BIN)/burstgate demo
 
+# Everything but what takes minutes or a real vLLM.
 test: .venv/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not vllm"
 
-test-all: .venv/.installed
-	$(BIN)/python -m pytest
+# The rest: the long crash and outage rounds, and the suites against a real vLLM where one can be had.
+test-slow: .venv/.installed
+	$(BIN)/python -m pytest -m "slow or vllm"
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .

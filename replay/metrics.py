@@ -234,7 +234,7 @@ class Tally:
 
     def add(self, sample: Sample, gaps_ns: Sequence[int] = ()) -> None:
         """Take one sample, and the gaps between its content chunks."""
-        self._outcomes[sample.outcome] += 1
+        self._outcomes[sample.outcome.value] += 1
         if sample.error is not None:
             is_listed = sample.error in self._errors or len(self._errors) < MAX_ERRORS
             self._errors[sample.error if is_listed else "others"] += 1

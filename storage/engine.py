@@ -19,17 +19,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import alembic.command
-import alembic.config
-import alembic.script
-import alembic.util
 import psycopg
 import sqlalchemy as sa
-from alembic.runtime.migration import MigrationContext
 
 import migrations
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+# Alembic reports each of its steps, its own import included, as news.
+logging.getLogger("alembic").setLevel(logging.WARNING)
 
 BUSY_TIMEOUT_S = 5.0
 """How long a SQLite statement waits for another process's write."""
@@ -90,7 +91,9 @@ def upgrade(engine: sa.Engine, revision: str = "head") -> None:
 
     Raises SchemaError for a revision that is not known, DatabaseUnavailable.
     """
-    _migrate(engine, lambda config: alembic.command.upgrade(config, revision))
+    from alembic import command  # imported by those who migrate: it takes longer than the rest of this package
+
+    _migrate(engine, lambda config: command.upgrade(config, revision))
 
 
 def downgrade(engine: sa.Engine, revision: str) -> None:
@@ -98,11 +101,15 @@ def downgrade(engine: sa.Engine, revision: str) -> None:
 
     Raises SchemaError for a revision that is not known, DatabaseUnavailable.
     """
-    _migrate(engine, lambda config: alembic.command.downgrade(config, revision))
+    from alembic import command
+
+    _migrate(engine, lambda config: command.downgrade(config, revision))
 
 
 def current(engine: sa.Engine) -> str | None:
     """The schema's revision; None for a database without burstgate's tables. Raises DatabaseUnavailable."""
+    from alembic.runtime.migration import MigrationContext
+
     with database_errors(engine), engine.connect() as connection:
         return MigrationContext.configure(connection).get_current_revision()
 
@@ -184,16 +191,19 @@ def _open_postgres(url: sa.URL) -> sa.Engine:
     )
 
 
-def _migrate(engine: sa.Engine, run: Callable[[alembic.config.Config], None]) -> None:
-    config = alembic.config.Config()
+def _migrate(engine: sa.Engine, run: Callable[[Config], None]) -> None:
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+    from alembic.util import CommandError
+
+    config = Config()
     config.set_main_option("script_location", str(Path(migrations.__path__[0])).replace("%", "%%"))
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     with _alembic_in_use, database_errors(engine), _locked(engine) as connection:
         config.attributes["connection"] = connection
         try:
             run(config)
-        except alembic.util.CommandError as error:
-            head = alembic.script.ScriptDirectory.from_config(config).get_current_head()
+        except CommandError as error:
+            head = ScriptDirectory.from_config(config).get_current_head()
             raise SchemaError(
                 f"database {_without_password(str(engine.url))}: {_first_line(error)} "
                 f"(this version of burstgate knows revisions up to {head!r})"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import secrets
 import socket
 import struct
@@ -96,8 +97,9 @@ class _Exchange:
 
     async def changed(self) -> None:
         """Returns when there are tokens, when the last sequence has ended, or when the client is gone."""
-        self.waiter = asyncio.get_running_loop().create_future()
-        await self.waiter
+        if not self.gone:
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
 
     async def client_left(self) -> None:
         while not self.gone:
@@ -656,7 +658,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        # Python adds the address to strerror; a name that does not resolve has a negative errno and its own text.
+        known = isinstance(error, OSError) and error.errno is not None and error.errno > 0
+        reason = os.strerror(error.errno) if known else getattr(error, "strerror", None) or str(error)
         raise OSError(f"simulator: cannot listen on {host}:{port}: {reason}") from error
 
 

@@ -195,7 +195,7 @@ class Installation:
         self.database_url = database_url or f"sqlite:///{data_dir / 'burstgate.db'}"
         self.gateway_url = self.control_url = ""
         self._env = env
-        self._command = [BURSTGATE, "serve", "--data-dir", data_dir, "--workers", str(workers)]
+        self._command: list[str | Path] = [BURSTGATE, "serve", "--data-dir", data_dir, "--workers", str(workers)]
         self._command += [part for url in upstreams for part in ("--upstream", url)]
         self._command += [] if database_url is None else ["--database-url", database_url]
         self._command += ["--port", "0", "--control-port", "0", *flags]

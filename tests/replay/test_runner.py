@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -59,13 +58,15 @@ class Script:
     routes: dict[str, Answer]
     url: str = ""
     seen: list[Seen] = field(default_factory=list)
-    left: int = 0
-    """Clients that closed while an answer was due."""
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    """One a connection."""
 
     def of(self, path: str) -> list[Seen]:
         return [seen for seen in self.seen if seen.path == path]
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task: asyncio.Task[None] = asyncio.current_task()  # type: ignore[assignment]
+        self.tasks.add(task)
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
@@ -78,9 +79,10 @@ class Script:
                 self.seen.append(seen)
                 await self.routes.get(path, status(404, b"no such route"))(seen, writer)
                 await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             pass
         finally:
+            self.tasks.discard(task)
             writer.close()
 
 
@@ -88,12 +90,15 @@ class Script:
 async def scripted(routes: dict[str, Answer]) -> AsyncIterator[Script]:
     script = Script(routes)
     server = await asyncio.start_server(script.serve, "127.0.0.1", 0, limit=1 << 24)
-    script.url = "http://127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+    script.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield script
     finally:
         server.close()
-        await asyncio.sleep(0.02)
+        tasks = list(script.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks)
 
 
 def status(code: int, body: bytes = b"{}", content_type: str = "application/json") -> Answer:
@@ -145,11 +150,15 @@ END = chunked(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 CHAT = "/v1/chat/completions"
 
 
+def words_of(seen: Seen) -> int:
+    """Words of a chat request's prompt."""
+    return len(msgspec.json.decode(seen.body)["messages"][0]["content"].split())
+
+
 async def echo(seen: Seen, writer: asyncio.StreamWriter) -> None:
     """Counts a prompt as 4 tokens and 3 for two words, and answers as many tokens as asked."""
-    body = msgspec.json.decode(seen.body)
-    words = len(body["messages"][0]["content"].split())
-    writer.write(STREAM_HEAD + content() + usage(4 + words * 3 // 2, body["max_tokens"]) + END)
+    asked = msgspec.json.decode(seen.body)["max_tokens"]
+    writer.write(STREAM_HEAD + content() + usage(4 + words_of(seen) * 3 // 2, asked) + END)
 
 
 def rows(dues_s: list[float], request_tokens: int = 20, response_tokens: int = 3) -> list[Planned]:
@@ -250,7 +259,8 @@ def test_what_goes_over_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    assert [seen.headers["authorization"] for seen in script.of("/v1/models") + script.of("/tokenize")] == ["Bearer sk-1"] * 2  # fmt: skip
+    questions = script.of("/v1/models") + script.of("/tokenize")
+    assert [seen.headers["authorization"] for seen in questions] == ["Bearer sk-1"] * 2
     assert "sk-1" not in repr(summary)
 
 
@@ -281,6 +291,8 @@ def test_max_in_flight_counts_as_lag() -> None:
 
 
 OK_BODY = b'{"choices":[{"index":0,"message":{"content":"x"},"finish_reason":"length"}],"usage":{"prompt_tokens":20,"completion_tokens":3}}'  # noqa: E501
+REFUSED_BODY = b'{"error":{"message":"a secret prompt","type":"BadRequestError"}}'
+NO_COMPLETION = "HTTP 200, but the answer is no completion"
 ERROR_EVENT = chunked(b'data: {"error":{"message":"a secret prompt","type":"InternalServerError","code":500}}\n\n')
 
 
@@ -290,15 +302,15 @@ ERROR_EVENT = chunked(b'data: {"error":{"message":"a secret prompt","type":"Inte
         (raw(STREAM_HEAD, content(), usage(20, 3), END, close=False), "ok", None),
         # A server that does not stream though asked to: a whole answer all the same.
         (status(200, OK_BODY), "ok", None),
-        (status(400, b'{"error":{"message":"a secret prompt","type":"BadRequestError"}}'), "invalid_request", "HTTP 400 BadRequestError"),
+        (status(400, REFUSED_BODY), "invalid_request", "HTTP 400 BadRequestError"),
         (status(307), "invalid_request", "HTTP 307"),
         (status(429, b"slow down"), "rejected", "HTTP 429"),
         (status(503, b"\xff\xfe"), "upstream_error", "HTTP 503"),
-        (status(200, b"<html>hello</html>", "text/html"), "upstream_error", "HTTP 200, but the answer is no completion"),
-        (status(200, b""), "upstream_error", "HTTP 200, but the answer is no completion"),
+        (status(200, b"<html>hello</html>", "text/html"), "upstream_error", NO_COMPLETION),
+        (status(200, b""), "upstream_error", NO_COMPLETION),
         (raw(), "upstream_error", "closed by the upstream"),
         (raw(b"SSH-2.0-OpenSSH_9\r\n\r\n"), "upstream_error", None),
-        (raw(STREAM_HEAD, ERROR_EVENT, END, close=False), "upstream_error", "error event in the stream: InternalServerError"),
+        (raw(STREAM_HEAD, ERROR_EVENT + END), "upstream_error", "error event in the stream: InternalServerError"),
         (raw(STREAM_HEAD, content()), "truncated", "closed by the upstream"),
         (raw(STREAM_HEAD, content(), b"zz\r\n"), "truncated", None),
         (raw(STREAM_HEAD, content(), b"0\r\n\r\n"), "truncated", "the stream ended without [DONE]"),
@@ -350,10 +362,7 @@ def test_without_a_tokenizer_the_length_is_learned_from_usage() -> None:
     summary, script = replayed({CHAT: echo}, planned)
     assert (summary.ok, summary.prompt_method, summary.prompts_counted) == (80, "usage", 0)
     asked = [row.request_tokens or 0 for row in planned]
-    got = {
-        int(seen.headers["x-request-id"].rsplit("-", 1)[1]): 4 + len(re.findall(rb"\w+ ?", seen.body.split(b'"content":"')[1].split(b'"')[0])) * 3 // 2
-        for seen in script.of(CHAT)
-    }  # fmt: skip
+    got = {int(seen.headers["x-request-id"].rsplit("-", 1)[1]): 4 + words_of(seen) * 3 // 2 for seen in script.of(CHAT)}
     assert max(abs(got[n] - asked[n]) for n in range(40, 80)) <= 2
     assert summary.prompts.known == 80
 
@@ -372,7 +381,7 @@ def test_sends_do_not_wait_for_a_slow_tokenizer(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("replay.runner.COUNTED_BEFORE_ZERO", 0)
 
     async def tokenize(seen: Seen, writer: asyncio.StreamWriter) -> None:
-        words = len(str(msgspec.json.decode(seen.body)["messages"][0]["content"]).split())
+        words = words_of(seen)
         if words == 295:
             await asyncio.sleep(1)
         await status(200, b'{"count":%d}' % (words + 5))(seen, writer)
@@ -394,7 +403,7 @@ def test_rows_beyond_the_model_are_counted(simulator: str) -> None:
 @pytest.mark.parametrize(
     ("routes", "options", "message"),
     [
-        ({"/v1/models": status(200, b'{"data":[{"id":"a"},{"id":"b"}]}')}, {}, r"model 'm': the target .* serves a, b$"),
+        ({"/v1/models": status(200, b'{"data":[{"id":"a"},{"id":"b"}]}')}, {}, r"model 'm': .* serves a, b$"),
         ({"/v1/models": status(401)}, {}, r"/v1/models: the target wants another API key \(HTTP 401\)"),
         ({"/v1/models": raw(b"SSH-2.0-x\r\n\r\n")}, {}, "expected an HTTP answer"),
         ({"/v1/models": raw()}, {}, "expected an HTTP answer"),
@@ -541,7 +550,7 @@ def test_a_file_to_a_report(simulator: str, tmp_path: Path) -> None:
 def test_an_unsorted_file_names_the_row(simulator: str, tmp_path: Path) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text(HEADER + "5,ChatGPT,40,3,43,API log\n4,ChatGPT,40,3,43,API log\n")
-    with pytest.raises(ValueError, match="row 2: received_at: .* sort it"):
+    with pytest.raises(ValueError, match=r"row 2: received_at: .* sort it"):
         replay(trace, ReplayOptions(simulator, "simulated"), console=Console(file=io.StringIO()))
 
 
@@ -591,9 +600,8 @@ def test_a_real_trace(simulator: str, tmp_path: Path) -> None:
 
 def test_steady_schedule_does_not_drift(simulator: str, tmp_path: Path) -> None:
     """1,000 requests at 500 a second: the last is as punctual as the first; no lateness adds up."""
-    summary = asyncio.run(
-        run(rows([n * 0.002 for n in range(1000)], 12, 2), ReplayOptions(simulator, "simulated", samples=tmp_path / "s"))
-    )  # fmt: skip
+    options = ReplayOptions(simulator, "simulated", samples=tmp_path / "s")
+    summary = asyncio.run(run(rows([n * 0.002 for n in range(1000)], 12, 2), options))
     assert summary.ok == 1000
     lags_s = sorted(s.dispatch_lag_s or 0 for s in samples_of(tmp_path / "s"))
     assert min(lags_s) >= 0

@@ -27,7 +27,7 @@ from replay.simulator.requests import ApiError, decode_body
 from replay.simulator.server import running
 
 HI = [{"role": "user", "content": "hi there"}]  # 4 + 2 tokens, and 2 for the generation prompt
-FORCED = {"max_tokens": 5, "ignore_eos": True}
+FORCED: dict[str, Any] = {"max_tokens": 5, "ignore_eos": True}
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"properties": {"city": {"type": "string"}}}}}]
 SLOW = SimulatorConfig(step_base_s=0.01, kv_capacity_tokens=4096, max_model_len=4096, max_num_seqs=8)
 
@@ -389,7 +389,7 @@ TOO_LONG = (
     [
         (b"{bad", "Bad Request", "body.1", "1 validation error:\n  {'type': 'json_invalid', 'loc': 'body.1', 'msg'"),
         (b"", "Bad Request", "body", "1 validation error:\n  {'type': 'missing', 'loc': 'body', 'msg'"),
-        (b"\xff\xfe", "Bad Request", None, "There was an error parsing the body"),
+        (b'{"a":"\xff"}', "Bad Request", None, "There was an error parsing the body"),
         (b"[" * 100_000, "Bad Request", None, "There was an error parsing the body"),
         (b"[]", "Bad Request", "body", "1 validation error:\n  {'type': 'model_attributes_type', 'loc': 'body'"),
         (b'{"model":"\\ud800","messages":[]}', "Bad Request", "body", "1 validation error:\n  {'type': 'string_unic"),
@@ -412,7 +412,7 @@ TOO_LONG = (
             "max_tokens",
             "max_tokens=99999 cannot be greater than max_model_len",
         ),
-        ({"max_tokens": 10**30}, "BadRequestError", "max_tokens", "max_tokens=1000000000000000019884624838656 cannot"),
+        ({"max_tokens": 10**30}, "BadRequestError", "max_tokens", "max_tokens=1000000000000000000000000000000 cannot"),
         ({"n": 0}, "BadRequestError", None, "n must be at least 1, got 0."),
         ({"n": 10**6}, "BadRequestError", "n", "n must be at most 16384, got 1000000."),
         ({"min_tokens": 5, "max_tokens": 3}, "BadRequestError", None, "min_tokens must be less than or equal to max_"),
@@ -476,17 +476,57 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-FIELDS = (
-    "messages prompt input max_tokens max_completion_tokens max_output_tokens n min_tokens ignore_eos stream"
-    " stream_options logprobs top_logprobs temperature top_p tools tool_choice include_reasoning query documents"
-    " text_1 text_2 tokens dimensions encoding_format top_n system instructions echo model request_id user"
-).split()
+FIELDS = [
+    "messages",
+    "prompt",
+    "input",
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+    "n",
+    "min_tokens",
+    "ignore_eos",
+    "stream",
+    "stream_options",
+    "logprobs",
+    "top_logprobs",
+    "temperature",
+    "top_p",
+    "tools",
+    "tool_choice",
+    "include_reasoning",
+    "query",
+    "documents",
+    "text_1",
+    "text_2",
+    "tokens",
+    "dimensions",
+    "encoding_format",
+    "top_n",
+    "system",
+    "instructions",
+    "echo",
+    "model",
+    "request_id",
+    "user",
+]
 
 
 @given(
     st.sampled_from(
-        "/v1/chat/completions /v1/completions /v1/responses /v1/messages /v1/embeddings /score /rerank /tokenize"
-        " /detokenize /classify /v1/messages/count_tokens".split()  # noqa: SIM905
+        [
+            "/v1/chat/completions",
+            "/v1/completions",
+            "/v1/responses",
+            "/v1/messages",
+            "/v1/embeddings",
+            "/score",
+            "/rerank",
+            "/tokenize",
+            "/detokenize",
+            "/classify",
+            "/v1/messages/count_tokens",
+        ]
     ),
     st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=6),
     st.booleans(),
@@ -513,12 +553,14 @@ def test_any_bytes_are_an_object_or_an_api_error(content: bytes) -> None:
 # --- timing, aborts, counters ---------------------------------------------------------------------------------------
 
 
-def _raw_request(client: httpx.Client, **body: Any) -> socket.socket:
+def _raw_request(client: httpx.Client, fault: str = "", **body: Any) -> socket.socket:
     url = client.base_url
     connection = socket.create_connection((url.host, url.port or 0))
     content = json.dumps({"messages": HI, **body}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
-    connection.sendall(head.encode() + b"\r\n\r\n" + content)
+    head = (
+        f"host: x\r\nx-sim-fault: {fault}\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    )
+    connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n" + head.encode() + content)
     return connection
 
 
@@ -642,16 +684,12 @@ def test_reset_before_the_first_byte(fast: httpx.Client) -> None:
 
 
 def test_reset_after_events(fast: httpx.Client) -> None:
-    received = b""
-    with (
-        pytest.raises(httpx.ReadError),
-        fast.stream(
-            "POST", "/v1/chat/completions?x-sim-fault=reset_after=3", json={"messages": HI, "stream": True, **FORCED}
-        ) as response,
-    ):
-        for piece in response.iter_raw():
-            received += piece
-    assert received.count(b"data: ") == 3
+    with _raw_request(fast, "reset_after=3", stream=True, **FORCED) as connection:
+        received = b""
+        with pytest.raises(ConnectionResetError):
+            while True:
+                received += connection.recv(65536) or b"end"
+        assert received.count(b"data: ") == 3
     with pytest.raises((httpx.ReadError, httpx.RemoteProtocolError)):
         chat(fast, "reset_after=1")
 
