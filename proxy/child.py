@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -28,7 +29,8 @@ class ChildTask:
     def tell_ready(self) -> None:
         """Say that the process does its work now."""
         if self.ready_fd >= 0:
-            os.write(self.ready_fd, b"r")
+            with contextlib.suppress(BrokenPipeError):  # nobody waits for one that is started again
+                os.write(self.ready_fd, b"r")
             os.close(self.ready_fd)
 
     def tell_ready_when(self, is_ready: Callable[[], bool]) -> None:

@@ -48,7 +48,9 @@ class TimeoutSettings(_Frozen):
     """Seconds; 0 switches a timer off."""
 
     connect_s: float = Field(5.0, gt=0, description="to make a connection to an upstream")
-    first_byte_s: float = Field(600.0, ge=0, description="from the request sent to the response's first byte")
+    first_byte_s: float = Field(
+        600.0, ge=0, description="from the request sent to the answer's head; of a stream, to its first event"
+    )
     chunk_s: float = Field(300.0, ge=0, description="between two pieces of a response")
     total_s: float = Field(3600.0, ge=0, description="for the whole exchange")
     drain_s: float = Field(30.0, ge=0, description="for requests in flight when the gateway is asked to stop")

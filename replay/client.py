@@ -16,6 +16,8 @@ Every request ends in exactly one `Reply`, with the outcome in the words of the 
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -38,7 +40,14 @@ FAMILIES: dict[Endpoint, Family] = {"chat": Family.CHAT, "completions": Family.C
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 """An answer to one of the replay's own questions (/v1/models, /tokenize) beyond this is no answer."""
 
+ASK_TIMEOUT_S = 30.0
+"""For each of these questions."""
+
 _VISIBLE = "".join(map(chr, range(0x20, 0x7F)))
+
+
+class ReplayError(Exception):
+    """The replay cannot start. One line for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,12 +237,12 @@ class Counted(msgspec.Struct, frozen=True):
     max_model_len: int | None = None
 
 
-async def list_models(http: HttpClient, api_key: str | None, timeout_s: float) -> list[str]:
+async def list_models(http: HttpClient, api_key: str | None) -> list[str]:
     """The names of the models that the target serves.
 
     Raises Unanswered, ConnectFailed, ConnectionLost, BadResponse, TimeoutError.
     """
-    status, body = await _ask(http, b"GET", b"/v1/models", auth_headers(api_key), b"", timeout_s)
+    status, body = await _ask(http, b"GET", b"/v1/models", auth_headers(api_key), b"")
     if status != 200:
         raise Unanswered(f"HTTP {status}", status)
     try:
@@ -242,9 +251,7 @@ async def list_models(http: HttpClient, api_key: str | None, timeout_s: float) -
         raise Unanswered("not a list of models") from None
 
 
-async def count_tokens(
-    http: HttpClient, endpoint: Endpoint, model: str, text: str, api_key: str | None, timeout_s: float
-) -> Counted:
+async def count_tokens(http: HttpClient, endpoint: Endpoint, model: str, text: str, api_key: str | None) -> Counted:
     """The tokens that the target counts for a prompt, its chat template included.
 
     Raises Unanswered when it cannot be had for any reason.
@@ -262,7 +269,7 @@ async def count_tokens(
         *auth_headers(api_key),
     ]
     try:
-        status, answer = await _ask(http, b"POST", b"/tokenize", headers, data, timeout_s)
+        status, answer = await _ask(http, b"POST", b"/tokenize", headers, data)
         if status != 200:
             raise Unanswered(f"HTTP {status}", status)
         return msgspec.json.decode(answer, type=Counted)
@@ -270,12 +277,10 @@ async def count_tokens(
         raise Unanswered(str(error) or type(error).__name__) from error
 
 
-async def _ask(
-    http: HttpClient, method: bytes, target: bytes, headers: Headers, body: bytes, timeout_s: float
-) -> tuple[int, bytes]:
+async def _ask(http: HttpClient, method: bytes, target: bytes, headers: Headers, body: bytes) -> tuple[int, bytes]:
     exchange: Exchange | None = None
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(ASK_TIMEOUT_S):
             exchange = await http.request(method, target, headers, body)
             parts = bytearray()
             while not exchange.is_complete:
@@ -287,3 +292,35 @@ async def _ask(
     finally:
         if exchange is not None:
             exchange.abort()
+
+
+async def check_target(http: HttpClient, model: str, api_key: str | None) -> None:
+    """Raises ReplayError when the target cannot be reached, refuses the key or lists models without the one asked."""
+    url = http.url.text
+    try:
+        names = await list_models(http, api_key)
+    except ConnectFailed as error:
+        raise ReplayError(f"cannot reach the target: {error}") from None
+    except TimeoutError:
+        raise ReplayError(f"{url}/v1/models: no answer within {ASK_TIMEOUT_S:g} s") from None
+    except (ConnectionLost, BadResponse) as error:
+        raise ReplayError(f"{url}/v1/models: expected an HTTP answer, got: {error}") from None
+    except Unanswered as error:
+        if error.status in (401, 403):
+            raise ReplayError(f"{url}/v1/models: the target wants another API key ({error})") from None
+        return  # an OpenAI-like server need not list its models
+    if names and model not in names:
+        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise ReplayError(f"model {model!r}: the target {url} serves {listed}")
+
+
+def read_api_key(variable: str | None) -> str | None:
+    """The key that an environment variable holds. Raises ReplayError naming the variable, never its value."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ReplayError(f"API key: the environment variable {variable} is not set")
+    if not re.fullmatch(r"[!-~]+", key):
+        raise ReplayError(f"API key: the environment variable {variable} holds more than visible ASCII characters")
+    return key

@@ -8,7 +8,7 @@ not counted by its time goes as it is); what `max_in_flight` holds back counts a
 whatever happens to it. The first Ctrl-C stops the sending and waits `DRAIN_S` for what is in flight, the second ends
 that at once; both leave a summary.
 
-Bounded: rows and prompts ahead (LOOK_AHEAD_ROWS, LOOK_AHEAD_TOKENS). Not bounded, on purpose: requests in flight.
+Bounded: rows and prompts ahead (`replay.ahead`). Not bounded, on purpose: requests in flight.
 """
 
 from __future__ import annotations
@@ -27,59 +27,31 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from replay.client import (
-    FAMILIES,
-    Endpoint,
-    Unanswered,
-    count_tokens,
-    list_models,
-    request_body,
-    request_headers,
-    send,
-)
+from replay.ahead import COUNTERS, Ahead, Prepared
+from replay.client import FAMILIES, Endpoint, check_target, read_api_key, request_headers, send
+from replay.client import ReplayError as ReplayError
 from replay.metrics import Summary, Tally, Workload
-from replay.prompts import UsageModel, WordModel, build_text, calibrate, fit
 from replay.report import Progress, progress_shown, render
-from replay.sample import Sample, measure
+from replay.sample import SamplesFile, measure
 from replay.schedule import Planned, PlanOptions, Ties, plan
 from traces.codec import read_trace
 from traces.record import Outcome
-from wire.http import ConnectFailed, ConnectionLost, HttpClient
-from wire.http1 import BadResponse
+from wire.http import HttpClient
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-LOOK_AHEAD_ROWS = 1024
-LOOK_AHEAD_TOKENS = 1_000_000
-"""Prompts prepared ahead hold some 6 bytes a token."""
-UNCOUNTED_LOOK_AHEAD_ROWS = 16
-"""Without a tokenizer prompts are built late, so that they know the newest tokens per word."""
-COUNTED_BEFORE_ZERO = 256
-"""Prompts that the target has counted before the schedule starts, or as many as there are."""
-COUNTERS = 4
-"""Prompts that the target counts at a time: few, because its tokenizer also serves the requests measured."""
-CHUNK_ROWS = 512
-MAX_PROMPT_TOKENS = 4_000_000
-"""A row that asks for more gets this: no model takes it, and the memory is ours."""
-ASK_TIMEOUT_S = 30.0
 DRAIN_S = 10.0
 PROGRESS_S = 0.5
 SWITCH_INTERVAL_S = 0.0005
 """How long the thread that reads the trace may keep the loop from the interpreter; Python's 5 ms would be lag."""
-FLUSH_BYTES = 64 * 1024
 
 _RUN_ID = re.compile(r"[!-~]{1,100}")
-
-
-class ReplayError(Exception):
-    """The replay cannot start. One line for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,31 +155,17 @@ async def run(
         http = HttpClient(re.sub(r"/v1/?$", "", options.target.rstrip("/")))
     except ValueError as error:
         raise ReplayError(str(error)) from None
-    api_key = _api_key(options.api_key_env)
+    api_key = read_api_key(options.api_key_env)
     _raise_file_limit()
-    await _check_target(http, options, api_key)
+    await check_target(http, options.model, api_key)
     with ExitStack() as undo:
         undo.callback(http.close)
-        samples = None if options.samples is None else undo.enter_context(_SamplesFile(options.samples))
+        samples = None if options.samples is None else undo.enter_context(SamplesFile(options.samples))
         interval_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         undo.callback(sys.setswitchinterval, interval_s)
         work = _Run(iter(planned), options, http, api_key, samples, stop or Stop(), on_progress)
         return await work.run()
-
-
-class _Prepared:
-    """A row and its request, which may still change until it is sent."""
-
-    __slots__ = ("body", "is_counted", "is_sent", "row", "text", "word_count")
-
-    def __init__(self, row: Planned, word_count: int, text: str, body: bytes) -> None:
-        self.row = row
-        self.word_count = word_count
-        self.text = text
-        self.body = body
-        self.is_counted = False
-        self.is_sent = False
 
 
 class _Run:
@@ -219,34 +177,27 @@ class _Run:
         options: ReplayOptions,
         http: HttpClient,
         api_key: str | None,
-        samples: _SamplesFile | None,
+        samples: SamplesFile | None,
         stop: Stop,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
-        self._planned = planned
+        self._ahead = Ahead(
+            planned,
+            http.url.text,
+            endpoint=options.endpoint,
+            model=options.model,
+            stream=options.stream,
+            seed=options.seed,
+            api_key=api_key,
+        )
         self._options = options
         self._http = http
-        self._counting_http = HttpClient(http.url.text)
         self._api_key = api_key
         self._samples = samples
         self._stop = stop
         self._on_progress = on_progress
         self._run_id = options.run_id or f"run-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
         self._tally = Tally()
-        # Prompts
-        self._words: WordModel | None = None
-        """Of the target's tokenizer; None without one."""
-        self._usage = UsageModel()
-        self._max_model_len: int | None = None
-        self._ahead: asyncio.Queue[_Prepared | None] = asyncio.Queue(UNCOUNTED_LOOK_AHEAD_ROWS)
-        """Requests to send, in order; None ends them."""
-        self._ahead_tokens = 0
-        self._room = asyncio.Event()
-        self._is_filled = asyncio.Event()
-        """The look-ahead has been full once, or holds all there is."""
-        self._to_count: asyncio.Queue[_Prepared] = asyncio.Queue(LOOK_AHEAD_ROWS)
-        self._to_count_rows = self._looked_at_rows = 0
-        # Sending
         self._start_ns: int | None = None
         self._started_at: float | None = None
         self._slots = None if options.max_in_flight is None else asyncio.Semaphore(options.max_in_flight)
@@ -256,10 +207,7 @@ class _Run:
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._in_flight = self._in_flight_max = 0
-        # Counts
-        self._rows_read = self._failed_in_source = self._without_tokens = self._tried = 0
-        self._prompts_counted = self._over_max_model_len = 0
-        self._trace_error: Exception | None = None
+        self._tried = self._prompts_counted = self._over_max_model_len = 0
 
     async def run(self) -> Summary:
         """Prepare, send, drain, sum up."""
@@ -275,9 +223,9 @@ class _Run:
                     helper.cancel()
         finally:
             gc.unfreeze()
-            self._counting_http.close()
-        if self._trace_error is not None and self._start_ns is None:
-            raise self._trace_error
+            self._ahead.close()
+        if self._ahead.error is not None and self._start_ns is None:
+            raise self._ahead.error
         return self._summary()
 
     async def _obey_stop(self, sending: asyncio.Task[None]) -> None:
@@ -291,111 +239,24 @@ class _Run:
             if not limit.expired():
                 limit.reschedule(now_s)
 
-    # Prompts, ahead of their time
-
     async def _prepare_and_send(self, requests: asyncio.TaskGroup) -> None:
-        await self._learn_words()
-        async with asyncio.TaskGroup() as ahead:
-            helpers = [ahead.create_task(self._fill())]
-            if self._words is not None:
-                helpers += [ahead.create_task(self._count_ahead()) for _ in range(COUNTERS)]
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._first_prompts(), ASK_TIMEOUT_S)
-            if self._trace_error is None:
+        await self._ahead.learn()
+        async with asyncio.TaskGroup() as group:
+            helpers = [group.create_task(self._ahead.fill())]
+            if self._ahead.has_tokenizer:
+                helpers += [group.create_task(self._ahead.count()) for _ in range(COUNTERS)]
+            await self._ahead.first_prompts()
+            if self._ahead.error is None:
                 await self._dispatch(requests)
             for helper in helpers:
                 helper.cancel()
-
-    async def _learn_words(self) -> None:
-        """Ask for the target's tokenizer; without one the prompts come from the usage of answers."""
-        try:
-            async with asyncio.timeout(ASK_TIMEOUT_S):
-                self._words = await calibrate(self._count_text)
-        except (Unanswered, TimeoutError):
-            return
-        self._ahead = asyncio.Queue(LOOK_AHEAD_ROWS)
-
-    async def _count_text(self, text: str) -> int:
-        options = self._options
-        counted = await count_tokens(
-            self._counting_http, options.endpoint, options.model, text, self._api_key, ASK_TIMEOUT_S
-        )
-        self._max_model_len = counted.max_model_len
-        return counted.count
-
-    async def _fill(self) -> None:
-        """Read the plan and prepare its requests, as far ahead as the bounds allow."""
-        is_over = False
-        while not is_over:
-            rows, self._trace_error = await asyncio.to_thread(_next_rows, self._planned)
-            is_over = not rows or self._trace_error is not None
-            for row in rows:
-                await self._prepare(row)
-        await self._ahead.put(None)
-        self._is_filled.set()
-
-    async def _prepare(self, row: Planned) -> None:
-        self._rows_read += 1
-        if not row.is_sendable:
-            self._failed_in_source += row.is_failure
-            self._without_tokens += not row.is_failure
-            return
-        tokens = _prompt_tokens(row)
-        while self._ahead_tokens and self._ahead_tokens + tokens > LOOK_AHEAD_TOKENS:
-            self._is_filled.set()
-            self._room.clear()
-            await self._room.wait()
-        model = self._words or self._usage.model()
-        word_count = model.words_for(tokens)
-        text = build_text(model, word_count, self._key(row))
-        prepared = _Prepared(row, word_count, text, self._body(row, text))
-        self._ahead_tokens += tokens
-        await self._ahead.put(prepared)
-        if self._words is not None and not self._to_count.full():
-            self._to_count.put_nowait(prepared)
-            self._to_count_rows += 1
-        if self._ahead.full():
-            self._is_filled.set()
-        await asyncio.sleep(0)  # building a long prompt takes a while: let sends in between
-
-    def _key(self, row: Planned) -> tuple[int, int]:
-        return self._options.seed, row.index
-
-    def _body(self, row: Planned, text: str) -> bytes:
-        options = self._options
-        return request_body(options.endpoint, options.model, text, row.response_tokens or 0, stream=options.stream)
-
-    async def _count_ahead(self) -> None:
-        """Have the target count prompts before they are sent, and correct them."""
-        while True:
-            prepared = await self._to_count.get()
-            if not prepared.is_sent and self._words is not None:
-                row = prepared.row
-                with suppress(Unanswered):
-                    text, _ = await fit(
-                        self._count_text, self._words, _prompt_tokens(row), self._key(row), prepared.text
-                    )
-                    if text != prepared.text:
-                        prepared.body = self._body(row, text)
-                    prepared.is_counted = not prepared.is_sent
-            self._looked_at_rows += 1
-
-    async def _first_prompts(self) -> None:
-        """Wait until the schedule can start with its first prompts ready."""
-        await self._is_filled.wait()
-        while self._looked_at_rows < min(COUNTED_BEFORE_ZERO, self._to_count_rows):
-            await asyncio.sleep(0.01)
-
-    # The open loop
 
     async def _dispatch(self, requests: asyncio.TaskGroup) -> None:
         gc.collect()
         gc.freeze()  # what exists now stays: a collection during the run need not walk it
         self._started_at = time.time()
         self._start_ns = start_ns = time.monotonic_ns()
-        while (prepared := await self._ahead.get()) is not None:
-            self._ahead_tokens -= _prompt_tokens(prepared.row)
-            self._room.set()
+        while (prepared := await self._ahead.next()) is not None:
             due_ns = start_ns + round(prepared.row.due_s * 1e9)
             while (wait_ns := due_ns - time.monotonic_ns()) > 0:
                 await asyncio.sleep(min(wait_ns / 1e9, 3600.0))
@@ -408,14 +269,14 @@ class _Run:
             requests.create_task(self._request(prepared, start_ns))
             await asyncio.sleep(0)  # the request's own first step: in a burst each is sent before the next is begun
 
-    async def _request(self, prepared: _Prepared, start_ns: int) -> None:
+    async def _request(self, prepared: Prepared, start_ns: int) -> None:
         began_ns = time.monotonic_ns()
         row, options = prepared.row, self._options
         prepared.is_sent = True
         self._prompts_counted += prepared.is_counted
-        if self._max_model_len is not None:
+        if self._ahead.max_model_len is not None:
             asked_tokens = (row.request_tokens or 0) + (row.response_tokens or 0)
-            self._over_max_model_len += asked_tokens > self._max_model_len
+            self._over_max_model_len += asked_tokens > self._ahead.max_model_len
         limit = asyncio.timeout(options.timeout_s)
         self._limits.add(limit)
         headers = request_headers(row, self._run_id, self._api_key)
@@ -428,14 +289,11 @@ class _Run:
             self._slots.release()
         if not self._in_flight:
             self._is_idle.set()
-        if self._words is None and reply.usage is not None and reply.usage.request_tokens is not None:
-            self._usage.learn(prepared.word_count, reply.usage.request_tokens)
+        self._ahead.learn_from(prepared, reply.usage)
         sample = measure(row, reply, start_ns)
         self._tally.add(sample, reply.gaps_ns)
         if self._samples is not None:
             self._samples.write(sample)
-
-    # What it came to
 
     async def _show_progress(self, show: Callable[[Progress], None]) -> None:
         while True:
@@ -449,7 +307,7 @@ class _Run:
         return Progress(elapsed_s, self._tried, ok, ended - ok, self._in_flight, is_draining=is_draining)
 
     def _summary(self) -> Summary:
-        options = self._options
+        options, ahead = self._options, self._ahead
         workload = Workload(
             target=self._http.url.text,
             model=options.model,
@@ -461,102 +319,19 @@ class _Run:
             ties=options.ties,
             max_in_flight=options.max_in_flight,
             started_at=self._started_at,
-            rows_read=self._rows_read,
-            failed_in_source=self._failed_in_source,
-            without_tokens=self._without_tokens,
-            unsent=self._rows_read - self._failed_in_source - self._without_tokens - self._tried,
+            rows_read=ahead.rows_read,
+            failed_in_source=ahead.failed_in_source,
+            without_tokens=ahead.without_tokens,
+            unsent=ahead.rows_read - ahead.failed_in_source - ahead.without_tokens - self._tried,
             is_interrupted=self._stop.sending.is_set(),
-            stopped_by=None if self._trace_error is None else str(self._trace_error),
-            prompt_method="usage" if self._words is None else "tokenize",
+            stopped_by=None if ahead.error is None else str(ahead.error),
+            prompt_method="tokenize" if ahead.has_tokenizer else "usage",
             prompts_counted=self._prompts_counted,
-            max_model_len=self._max_model_len,
+            max_model_len=ahead.max_model_len,
             over_max_model_len=self._over_max_model_len,
             samples_error=None if self._samples is None else self._samples.error,
         )
         return self._tally.summary(workload, self._in_flight_max)
-
-
-def _next_rows(planned: Iterator[Planned]) -> tuple[list[Planned], Exception | None]:
-    """The next CHUNK_ROWS rows, none at the end; with the error that the trace ends in, if it does."""
-    rows: list[Planned] = []
-    try:
-        rows.extend(islice(planned, CHUNK_ROWS))
-    except (ValueError, OSError) as error:
-        return rows, error
-    return rows, None
-
-
-def _prompt_tokens(row: Planned) -> int:
-    return min(row.request_tokens or 0, MAX_PROMPT_TOKENS)
-
-
-class _SamplesFile:
-    """Samples as JSON lines. When the disk refuses them the replay goes on and `error` says why."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._encoder = msgspec.json.Encoder()
-        self._buffer = bytearray()
-        self._file: BinaryIO | None = None
-        self.error: str | None = None
-
-    def __enter__(self) -> _SamplesFile:
-        try:
-            self._file = self._path.open("wb", buffering=0)
-        except OSError as error:
-            raise ReplayError(f"samples file {self._path}: {error.strerror}") from None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.flush()
-        if self._file is not None:
-            self._file.close()
-
-    def write(self, sample: Sample) -> None:
-        """Add a line."""
-        self._buffer += self._encoder.encode(sample) + b"\n"
-        if len(self._buffer) >= FLUSH_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is held."""
-        data, self._buffer = self._buffer, bytearray()
-        try:
-            while data and self._file is not None and self.error is None:
-                del data[: self._file.write(data)]
-        except OSError as error:
-            self.error = f"{self._path}: {error.strerror}"
-
-
-async def _check_target(http: HttpClient, options: ReplayOptions, api_key: str | None) -> None:
-    """Raises ReplayError when the target cannot be reached, refuses the key or lists models without the one asked."""
-    url = http.url.text
-    try:
-        names = await list_models(http, api_key, ASK_TIMEOUT_S)
-    except ConnectFailed as error:
-        raise ReplayError(f"cannot reach the target: {error}") from None
-    except TimeoutError:
-        raise ReplayError(f"{url}/v1/models: no answer within {ASK_TIMEOUT_S:g} s") from None
-    except (ConnectionLost, BadResponse) as error:
-        raise ReplayError(f"{url}/v1/models: expected an HTTP answer, got: {error}") from None
-    except Unanswered as error:
-        if error.status in (401, 403):
-            raise ReplayError(f"{url}/v1/models: the target wants another API key ({error})") from None
-        return  # an OpenAI-like server need not list its models
-    if names and options.model not in names:
-        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        raise ReplayError(f"model {options.model!r}: the target {url} serves {listed}")
-
-
-def _api_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ReplayError(f"API key: the environment variable {variable} is not set")
-    if not re.fullmatch(r"[!-~]+", key):
-        raise ReplayError(f"API key: the environment variable {variable} holds more than visible ASCII characters")
-    return key
 
 
 def _raise_file_limit() -> None:

@@ -6,12 +6,17 @@ mean. Unknown is None. `error` says what went wrong in our words and the upstrea
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import BinaryIO
+
 import msgspec
 
-from replay.client import Reply
+from replay.client import ReplayError, Reply
 from replay.schedule import Planned
 from traces.record import Outcome
 from wire.latency import e2e_s, tpot_s, ttft_s
+
+FLUSH_BYTES = 64 * 1024
 
 
 class Sample(msgspec.Struct, frozen=True, gc=False):
@@ -65,3 +70,44 @@ def measure(row: Planned, reply: Reply, start_ns: int) -> Sample:
         outcome=reply.outcome,
         error=reply.error,
     )
+
+
+class SamplesFile:
+    """Samples as JSON lines. When the disk refuses them the replay goes on and `error` says why.
+
+    Raises ReplayError when it is entered and cannot be created.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._encoder = msgspec.json.Encoder()
+        self._buffer = bytearray()
+        self._file: BinaryIO | None = None
+        self.error: str | None = None
+
+    def __enter__(self) -> SamplesFile:
+        try:
+            self._file = self._path.open("wb", buffering=0)
+        except OSError as error:
+            raise ReplayError(f"samples file {self._path}: {error.strerror}") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, sample: Sample) -> None:
+        """Add a line."""
+        self._buffer += self._encoder.encode(sample) + b"\n"
+        if len(self._buffer) >= FLUSH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        data, self._buffer = self._buffer, bytearray()
+        try:
+            while data and self._file is not None and self.error is None:
+                del data[: self._file.write(data)]
+        except OSError as error:
+            self.error = f"{self._path}: {error.strerror}"

@@ -8,6 +8,7 @@ processes see the old or the new value, and a `kill -9` loses nothing.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -29,7 +30,8 @@ class Counters:
         size = HEADER_BYTES + 8 * len(names)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            os.write(descriptor, header.ljust(HEADER_BYTES - 1) + b"\n" + bytes(8 * len(names)))
+            if os.write(descriptor, header.ljust(HEADER_BYTES - 1) + b"\n" + bytes(8 * len(names))) != size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             self._map = mmap.mmap(descriptor, size)
         finally:
             os.close(descriptor)

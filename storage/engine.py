@@ -116,7 +116,9 @@ def current(engine: sa.Engine) -> str | None:
 
 def head_revision() -> str | None:
     """The newest revision that this version of burstgate knows."""
-    return alembic.script.ScriptDirectory(str(Path(migrations.__path__[0]))).get_current_head()
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory(str(Path(migrations.__path__[0]))).get_current_head()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@ Layout of `DATA_DIR/journal/`:
 
     WRITER/lock             held with flock(2) while the writer lives; the kernel lets go of it however the writer dies
     WRITER/counters         see storage/counters.py
-    WRITER/00000001.seg     segments, frames as in storage/frame.py, one writer, append only
+    WRITER/00000001.seg     segments, frames as in storage/frame.py, one writer, append only; each appears by a rename,
+                            with its header and every open B in it
     retired/WRITER.counters the counters of writers whose every record is in the database
 
 WRITER is a UUIDv7, new for every process that writes. A frame's payload is one kind byte and a body:
@@ -23,6 +24,7 @@ A write that fails is cut off again, so that a full disk never leaves half a fra
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -112,10 +114,20 @@ def segment_path(directory: Path, segment: int) -> Path:
 def directory_bytes(journal: Path) -> int:
     """The size of all segments of all writers."""
     total = 0
-    for path in journal.glob(f"*/*{SEGMENT_SUFFIX}"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size
+    for writer in list_directory(journal):
+        for path in list_directory(writer):
+            if path.name.endswith(SEGMENT_SUFFIX):
+                with contextlib.suppress(OSError):
+                    total += path.stat().st_size
     return total
+
+
+def list_directory(path: Path) -> list[Path]:
+    """What is in a directory; nothing when it is none, or no more: the recorder removes those of dead writers."""
+    try:
+        return list(path.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 class JournalWriter:
@@ -156,7 +168,7 @@ class JournalWriter:
         self._slots = self.counters.slots
         self._segment = 0
         self._fd = -1
-        self._size = 0
+        self._size = self._first_size = 0
         self._needs_segment = False
         self._start_segment()
         self.directory.rename(final)
@@ -167,6 +179,9 @@ class JournalWriter:
         """Accept a request. False: its record is dropped and counted, and `end` must not be called for it."""
         frame = encode_frame(b"B" + self._encoder.encode(begun))
         if self._allowance_bytes < RESERVE_BYTES + len(frame):
+            # The recorder deletes only what is behind the newest segment, so a full budget must not end within it.
+            if self._size > self._first_size:
+                self._rotate()
             self._slots[_BUDGET] += 1
             self._slots[_ACCEPTED] += 1
             return False
@@ -236,19 +251,21 @@ class JournalWriter:
         )
         data = encode_frame(b"H" + msgspec.json.encode(header)) + b"".join(self._open.values())
         path = segment_path(self.directory, segment)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        draft = path.with_suffix(".new")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
         try:
             if os.write(descriptor, data) != len(data):
-                raise OSError(f"{path}: no space for a segment's header")
+                raise OSError(errno.ENOSPC, "no space for a segment's header", str(path))
+            draft.rename(path)
         except OSError:
             os.close(descriptor)
-            path.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
             raise
         if self._fd >= 0:
             self._retired.append(self._fd)
         self._fd = descriptor
         self._segment = segment
-        self._size = len(data)
+        self._size = self._first_size = len(data)
         self._allowance_bytes -= len(data)
 
     def retry_unwritten(self) -> None:

@@ -234,7 +234,8 @@ def parse_completion(body: Body, config: SimulatorConfig) -> Generation:
 
 def parse_responses(body: Body, config: SimulatorConfig) -> Generation:
     """A /v1/responses body."""
-    given = _required(body, "input")
+    # vLLM puts a request_id into the body before it looks at it, and counts it in its messages.
+    given = _required({"request_id": None, **body}, "input")
     items = [given] if isinstance(given, str) else given
     if not isinstance(items, list):
         raise _invalid("list_type", "body.input", "Input should be a valid list", _shown(items))
@@ -259,6 +260,7 @@ def parse_responses(body: Body, config: SimulatorConfig) -> Generation:
 
 def parse_messages(body: Body, config: SimulatorConfig) -> Generation:
     """An Anthropic /v1/messages body."""
+    _required(body, "model")
     texts = _message_texts(body)
     _required(body, "max_tokens")
     return Generation(

@@ -301,6 +301,9 @@ class _Application:
             await _reply(send, shapes.error_body(error, anthropic=anthropic), status=error.status)
         except _Reset:
             _cut_connection(scope)
+            # uvicorn complains of an incomplete response unless it has seen the connection go.
+            while (await receive())["type"] != "http.disconnect":
+                pass
         return None
 
     def _parse_json(self, parse: Callable[[Body, SimulatorConfig], Generation], call: _Call) -> Generation:
@@ -657,10 +660,11 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except (OSError, OverflowError) as error:
+    except OverflowError as error:
+        raise OSError(f"simulator: cannot listen on {host}:{port}: {error}") from error
+    except OSError as error:
         # Python adds the address to strerror; a name that does not resolve has a negative errno and its own text.
-        known = isinstance(error, OSError) and error.errno is not None and error.errno > 0
-        reason = os.strerror(error.errno) if known else getattr(error, "strerror", None) or str(error)
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise OSError(f"simulator: cannot listen on {host}:{port}: {reason}") from error
 
 

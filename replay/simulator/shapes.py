@@ -249,7 +249,7 @@ class _Responses:
         text = content.stream.text(0, content.output_tokens)
         item = _response_item(self._generation, self._identity)
         return [
-            self._event("response.output_text.done", {**self._place, "text": text}),
+            self._event("response.output_text.done", {**self._place, "logprobs": [], "text": text}),
             self._event("response.content_part.done", {**self._place, "part": item["content"][0]}),
             self._event("response.output_item.done", {"item": item, "output_index": 0}),
             self._event(

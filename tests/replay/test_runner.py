@@ -378,7 +378,7 @@ def test_a_broken_tokenizer_is_no_tokenizer(tokenize: Answer) -> None:
 
 def test_sends_do_not_wait_for_a_slow_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """It counts short texts at once and takes a second for a prompt; the schedule does not wait for it."""
-    monkeypatch.setattr("replay.runner.COUNTED_BEFORE_ZERO", 0)
+    monkeypatch.setattr("replay.ahead.COUNTED_BEFORE_ZERO", 0)
 
     async def tokenize(seen: Seen, writer: asyncio.StreamWriter) -> None:
         words = words_of(seen)
@@ -450,8 +450,8 @@ def test_wrong_options(wrong: dict[str, object], message: str) -> None:
 
 
 def test_the_trace_breaking_off_ends_the_run_with_a_summary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("replay.runner.CHUNK_ROWS", 2)
-    monkeypatch.setattr("replay.runner.UNCOUNTED_LOOK_AHEAD_ROWS", 2)
+    monkeypatch.setattr("replay.ahead.CHUNK_ROWS", 2)
+    monkeypatch.setattr("replay.ahead.UNCOUNTED_LOOK_AHEAD_ROWS", 2)
 
     def broken() -> Iterator[Planned]:
         yield from rows([n * 0.02 for n in range(7)])
