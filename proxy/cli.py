@@ -433,6 +433,8 @@ def replay(
         max_in_flight=max_in_flight, timeout_s=timeout, max_error_rate=max_error_rate, quiet=quiet, **literal,
     )  # fmt: skip
     summary = run(trace, options, console=Console(highlight=False))
+    if summary.is_interrupted:
+        raise typer.Exit(130)
     if summary.stopped_by is not None or options.is_over_error_rate(summary):
         raise typer.Exit(1)
 

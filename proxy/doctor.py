@@ -75,7 +75,9 @@ def _identity(balance: Balance) -> Check:
     )
     if balance.slack:
         text += f" (live: counters moved by up to {balance.slack:,} while read)"
-    if balance.strangers:
+    if balance.unreadable:
+        text += f"; {balance.unreadable[0]}"
+    elif balance.strangers:
         text += f"; {len(balance.strangers)} finished writers are not in this database: was it replaced?"
     elif balance.missing > 0:
         text += f"; {balance.missing:,} requests are missing"

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
 from proxy.errors import GatewayError, error_body, error_headers
-from proxy.request_head import LOG_TYPES, RequestHead, clean
+from proxy.request_head import LOG_TYPES, RequestHead, clean, countable
 from proxy.sessions import ConversationKeys, SessionTable, conversation_keys, response_key
 from proxy.settings import Settings
 from proxy.telemetry import WorkerMetrics
@@ -248,10 +248,11 @@ class _Request:
         """Read what the request says, and begin its record."""
         if isinstance(body, bytes) and body:
             self.body_bytes = len(body)
-            if b"multipart/form-data" in self.head.content_type:
-                self.facts = read_form(body[:65536])
-            else:
-                self.facts = read_request(body)
+            try:
+                is_form = b"multipart/form-data" in self.head.content_type
+                self.facts = read_form(body[:65536]) if is_form else read_request(body)
+            except Exception:  # noqa: BLE001 (never in the way: a defect in reading must not refuse a request)
+                self._accounting_failed()
         self._find_session()
         self._begin()
 
@@ -309,7 +310,7 @@ class _Request:
                 None if head.request_id is None else clean(head.request_id.decode("latin-1")),
                 clean(self.path[:200]) or "",
                 self.facts.stream,
-                self.facts.max_tokens,
+                countable(self.facts.max_tokens),
                 head.origin,
                 head.run_id,
             )
@@ -490,7 +491,7 @@ class _Request:
             return b""
 
     def _accounting_failed(self) -> None:
-        log.exception("an answer could not be accounted for")
+        log.exception("a request or its answer could not be accounted for")
         self.gateway.metrics.accounting_failed()
         self.account = NoAccount()
 
@@ -541,8 +542,8 @@ class _Request:
             self.gateway.journal.end(record)
         if outcome is Outcome.OK and self.status is not None and self.status < 300:
             self._remember(done)
-            if done.usage is not None and done.usage.request_tokens and self.body_bytes:
-                self.gateway.estimates.learn(record.model, self.body_bytes, done.usage.request_tokens)
+            if record.token_source is TokenSource.USAGE and record.request_tokens and self.body_bytes:
+                self.gateway.estimates.learn(record.model, self.body_bytes, record.request_tokens)
         self.gateway.metrics.ended(
             outcome, record.request_tokens, record.response_tokens, record.ttft_s, (now_ns - self.start_ns) / 1e9
         )
@@ -559,7 +560,7 @@ class _Request:
             request_tokens = self.gateway.estimates.request_tokens(model, self.body_bytes)
         else:
             source, request_tokens, cached = TokenSource.NONE, None, None
-        response_tokens = done.response_tokens
+        response_tokens = countable(done.response_tokens)
         sent_ns = self.exchange.sent_ns if self.exchange is not None else 0
         return TraceRecord(
             request_id=self.request_id,
@@ -567,7 +568,7 @@ class _Request:
             session_id=self.session,
             elapsed_s=(now_ns - self.start_ns) / 1e9,
             model=model,
-            request_tokens=request_tokens,
+            request_tokens=countable(request_tokens),
             response_tokens=response_tokens,
             log_type=self.log_type,
             outcome=outcome,
@@ -583,8 +584,8 @@ class _Request:
             upstream=self.upstream.name if self.upstream is not None else None,
             attempts=self.attempts,
             finish_reason=clean(done.finish_reason),
-            cached_tokens=cached,
-            max_tokens=facts.max_tokens,
+            cached_tokens=countable(cached),
+            max_tokens=countable(facts.max_tokens),
             token_source=source,
             origin=head.origin,
             run_id=head.run_id,

@@ -9,6 +9,8 @@ from wire.http1 import Headers
 
 MAX_TEXT = 256
 """Texts from outside are cut to this in a record."""
+MAX_COUNT = 2**40
+"""Counts from outside are unknown beyond this."""
 
 # RFC 9110, section 7.6.1, and what a proxy answers itself (Expect, section 10.1.1).
 _HOP_BY_HOP = frozenset({
@@ -31,6 +33,11 @@ def clean(text: str | None) -> str | None:
     if len(text) > MAX_TEXT:
         text = text[:MAX_TEXT]
     return text.replace("\0", "\ufffd") if "\0" in text else text
+
+
+def countable(number: int | None) -> int | None:
+    """A count from outside, fit for a record and a sum; None for what no count can be."""
+    return number if number is not None and 0 <= number <= MAX_COUNT else None
 
 
 class RequestHead:

@@ -1,4 +1,4 @@
-"""Is everything accounted for? `accepted = in database + in journal + dropped{reason}`, on a live or stopped installation.
+"""Is everything accounted for? `accepted = in database + in journal + dropped{reason}`, live or stopped.
 
 The four terms come from four places: accepted and dropped from the writers' counters (from the database for writers
 that are finished), in journal from reading the segments, in database from the recorder's committed counts. On a live
@@ -14,10 +14,11 @@ from pathlib import Path
 
 from storage.counters import read_counters
 from storage.journal import RETIRED
-from storage.recorder import SegmentReader, is_writer_alive, writer_directories
+from storage.recorder import JournalCorrupt, SegmentReader, is_writer_alive, writer_directories
 from storage.sink import Sink, WriterRow
 
-_EVERYTHING = 1 << 60
+_PIECE = 20_000
+"""Records read at a time: a journal of many GiB is counted in little memory."""
 _TRIES = 5
 
 
@@ -34,6 +35,8 @@ class Balance:
     """How far live counters moved while they were read; 0 when nothing runs."""
     strangers: tuple[str, ...] = ()
     """Writers that finished into another database than the one asked."""
+    unreadable: tuple[str, ...] = ()
+    """What is wrong with journals that this version can not read to their end."""
 
     @property
     def missing(self) -> int:
@@ -45,8 +48,8 @@ class Balance:
 
     @property
     def is_balanced(self) -> bool:
-        """Nothing missing, nothing twice."""
-        return self.missing == 0 and not self.strangers
+        """Nothing missing, nothing twice, nothing that can not be told."""
+        return self.missing == 0 and not self.strangers and not self.unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +80,21 @@ def _take_once(journal: Path, sink: Sink) -> Balance:
     directories = {directory.name: directory for directory in writer_directories(journal)}
     retired = {path.name.removesuffix(".counters") for path in (journal / RETIRED).glob("*.counters")}
     before = {name: _count(directory) for name, directory in directories.items()}
-    rows = {row.writer_id: row for row in sink.totals()}
-    offsets = sink.progress()
+    rows, offsets = _committed(sink)
     in_journal = 0
     slack = 0
+    unreadable = []
     for name, directory in directories.items():
         row = rows.get(name)
         if row is not None and row.finished:
             continue
         reader = SegmentReader(directory, {s: offset for (writer, s), offset in offsets.items() if writer == name})
-        records, _ = reader.read(_EVERYTHING)
-        in_journal += len(records) + len(reader.open)
+        try:
+            while not reader.is_drained:
+                in_journal += len(reader.read(_PIECE)[0])
+        except JournalCorrupt as error:
+            unreadable.append(str(error))
+        in_journal += len(reader.open)
         slack += 1  # a frame is written before its counter
     after = {name: _count(directory) for name, directory in directories.items()}
     accepted = 0
@@ -105,7 +112,19 @@ def _take_once(journal: Path, sink: Sink) -> Balance:
             _add(dropped, row.dropped)
     known = [row for name, row in rows.items() if name in directories or name in retired]
     strangers = tuple(sorted(name for name in retired if name not in rows))
-    return Balance(accepted, sum(row.recorded for row in known), in_journal, dropped, slack, strangers)
+    in_database = sum(row.recorded for row in known)
+    return Balance(accepted, in_database, in_journal, dropped, slack, strangers, tuple(unreadable))
+
+
+def _committed(sink: Sink) -> tuple[dict[str, WriterRow], dict[tuple[str, int], int]]:
+    """Recorded counts by writer and the offsets that belong to them: no commit came between the two queries."""
+    totals = sink.totals()
+    while True:
+        offsets = sink.progress()
+        again = sink.totals()
+        if again == totals:
+            return {row.writer_id: row for row in totals}, offsets
+        totals = again
 
 
 def _finished_count(row: WriterRow) -> _Count:

@@ -41,7 +41,8 @@ VERSION = 1
 SEGMENT_SUFFIX = ".seg"
 RETIRED = "retired"
 MAX_UNWRITTEN = 10_000
-"""Records kept in memory while the disk refuses them."""
+"""Records kept in memory while the disk refuses them. Beyond it an end is lost: its request, begun in the journal, is
+recorded as `gateway_crash` when the writer has gone."""
 RESERVE_BYTES = 2048
 """What a request must find free in the budget to be accepted, so that its end finds room too."""
 

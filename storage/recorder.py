@@ -25,15 +25,16 @@ from pathlib import Path
 import msgspec
 
 from storage.counters import read_counters
-from storage.frame import HEAD_BYTES, decode_frames, find_frame
-from storage.journal import RETIRED, SEGMENT_SUFFIX, Begun, Header, crash_record
+from storage.frame import HEAD_BYTES, MAX_PAYLOAD_BYTES, decode_frames, find_frame
+from storage.journal import RETIRED, SEGMENT_SUFFIX, Begun, Header, crash_record, list_directory
 from storage.sink import SegmentProgress, Sink, SinkUnavailable, WriterTotals
 from traces.record import TraceRecord
 
 log = logging.getLogger("burstgate.recorder")
 
 READ_BYTES = 1024 * 1024
-"""How much of a segment is read at a time."""
+"""How much of a segment is read at a time; more than the longest frame."""
+_LONGEST_FRAME_BYTES = HEAD_BYTES + MAX_PAYLOAD_BYTES
 MAX_BATCH = 20_000
 """Records a commit."""
 BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -49,18 +50,18 @@ class JournalCorrupt(Exception):
 def open_segments(directory: Path) -> list[int]:
     """The segment numbers of a writer, ascending."""
     numbers = []
-    for path in directory.glob(f"*{SEGMENT_SUFFIX}"):
-        with contextlib.suppress(ValueError):
-            numbers.append(int(path.name.removesuffix(SEGMENT_SUFFIX)))
+    for path in list_directory(directory):
+        if path.name.endswith(SEGMENT_SUFFIX):
+            with contextlib.suppress(ValueError):
+                numbers.append(int(path.name.removesuffix(SEGMENT_SUFFIX)))
     return sorted(numbers)
 
 
 def writer_directories(journal: Path) -> Iterator[Path]:
     """The directories of all writers, oldest first."""
-    if journal.is_dir():
-        for path in sorted(journal.iterdir()):
-            if path.is_dir() and path.name != RETIRED and not path.name.startswith("."):
-                yield path
+    for path in sorted(list_directory(journal)):
+        if path.is_dir() and path.name != RETIRED and not path.name.startswith("."):
+            yield path
 
 
 def is_writer_alive(directory: Path) -> bool:
@@ -90,6 +91,7 @@ class SegmentReader:
     segment: int = 0
     offset: int = 0
     rest: bytes = b""
+    """What lies behind `offset` and is no whole frame: one being written, the torn tail of a dead writer, damage."""
     open: dict[str, Begun] = field(default_factory=dict)
     is_drained: bool = False
     """Everything that was in the segments when last read has been returned."""
@@ -102,7 +104,10 @@ class SegmentReader:
         return self.directory / f"{self.segment:08d}{SEGMENT_SUFFIX}"
 
     def read(self, limit: int) -> tuple[list[TraceRecord], list[SegmentProgress]]:
-        """At most about `limit` new records, and how far each segment has been read for them."""
+        """At most about `limit` new records, and how far each segment has been read for them.
+
+        Raises JournalCorrupt at a frame that it can not read, once everything before it has been returned.
+        """
         records: list[TraceRecord] = []
         progress: list[SegmentProgress] = []
         self.is_drained = False
@@ -115,9 +120,17 @@ class SegmentReader:
                 self._enter(numbers[0])
             later = [number for number in open_segments(self.directory) if number > self.segment]
             before = len(records)
-            at_end = self._read_some(records, has_later=bool(later))
+            is_readable = True
+            try:
+                at_end = self._read_some(records, has_later=bool(later))
+            except JournalCorrupt:
+                if not records:
+                    raise
+                at_end = is_readable = False
             if len(records) > before or (at_end and later):
-                progress.append(SegmentProgress(self.path_writer, self.segment, self.offset, len(records) - before))
+                progress.append(SegmentProgress(self.directory.name, self.segment, self.offset, len(records) - before))
+            if not is_readable:
+                break
             if at_end:
                 if not later:
                     self.is_drained = True
@@ -126,46 +139,45 @@ class SegmentReader:
                 self._enter(later[0])
         return records, progress
 
-    @property
-    def path_writer(self) -> str:
-        """The writer's id."""
-        return self.directory.name
-
     def _enter(self, segment: int) -> None:
         self.segment = segment
         self.offset = 0
         self.rest = b""
 
     def _read_some(self, records: list[TraceRecord], *, has_later: bool) -> bool:
-        """One piece of the segment; True at its present end."""
+        """One piece of the segment; True at its present end.
+
+        What is no whole frame is read again the next time: the writer may have cut it off and written another.
+        """
         try:
             with self.path.open("rb") as file:
-                file.seek(self.offset + len(self.rest))
+                file.seek(self.offset)
                 data = file.read(READ_BYTES)
         except FileNotFoundError:
+            self.rest = b""
             return True
-        at_end = len(data) < READ_BYTES
-        data = self.rest + data
         payloads, used = decode_frames(data)
-        start = self.offset
         for payload in payloads:
-            start += HEAD_BYTES + len(payload)
-            self._take(payload, start, records)
-        self.offset += used
+            end = self.offset + HEAD_BYTES + len(payload)
+            self._take(payload, end, records)
+            self.offset = end
         self.rest = data[used:]
+        at_end = len(data) < READ_BYTES
+        if not at_end and not used:  # no frame is that long
+            self.skip_damage(len(data) - _LONGEST_FRAME_BYTES)
         if self.rest and at_end and has_later:
             return not self.skip_damage()
         return at_end
 
-    def skip_damage(self) -> bool:
-        """Nobody writes to this segment any more: step over what is no frame; True when whole frames lie behind."""
+    def skip_damage(self, at_most: int | None = None) -> bool:
+        """Nobody writes here any more: step over what is no frame; True when whole frames lie behind."""
         if not self.rest:
             return False
         found = find_frame(self.rest, 1)
-        skipped = len(self.rest) if found is None else found
+        skipped = found or at_most or len(self.rest)
         # Zero bytes are what a power cut leaves of a file's end, and a cut frame is what a crash leaves; neither is
         # a record that was promised. Damage with frames behind it is.
-        if found is not None:
+        if found is not None or at_most is not None:
             self.corrupt_bytes += skipped
             log.error("%s: %d damaged bytes at offset %d skipped", self.path, skipped, self.offset)
         self.offset += skipped
@@ -203,6 +215,8 @@ class RecorderStats:
     commits: int = 0
     retries: int = 0
     is_database_up: bool = True
+    unreadable_writers: int = 0
+    """Writers whose journal holds a frame that this version can not read; it is left in place."""
     last_error: str | None = None
     last_commit_s: float | None = None
 
@@ -315,8 +329,9 @@ class Recorder:
         for name in finished:
             crashed = [crash_record(begun, self._readers[name].gateway) for begun in self._readers[name].open.values()]
             records += crashed
+            # One beyond the end: an offset that does not move counts nothing.
             progress.append(
-                SegmentProgress(name, self._readers[name].segment, self._readers[name].offset, len(crashed))
+                SegmentProgress(name, self._readers[name].segment, self._readers[name].offset + 1, len(crashed))
             )
             totals.append(self._final_totals(sink, name, progress))
         if records or progress or totals:
@@ -340,6 +355,7 @@ class Recorder:
     def _give_up_on(self, name: str, error: JournalCorrupt) -> None:
         log.error("%s (left in place; no more is read of this writer)", error)
         self._broken.add(name)
+        self.stats.unreadable_writers = len(self._broken)
         self.stats.last_error = str(error)
 
     def _refresh_readers(self, sink: Sink) -> None:

@@ -640,8 +640,18 @@ def running(config: SimulatorConfig, host: str = "127.0.0.1", port: int = 0) -> 
         thread.join()
 
 
+class _Server(uvicorn.Server):
+    """uvicorn's server; when it is told to stop it cuts what is in flight, as vLLM does, instead of waiting for it."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        await super().shutdown(sockets)
+
+
 def _uvicorn(config: SimulatorConfig) -> uvicorn.Server:
-    return uvicorn.Server(
+    return _Server(
         uvicorn.Config(
             build_app(config),
             http=_Protocol,

@@ -1,4 +1,4 @@
-"""Real processes for the end-to-end tests: an installation of burstgate, a simulated vLLM, a scripted upstream.
+"""Real processes for the end-to-end tests: an installation of burstgate, a simulated vLLM, a scripted upstream, a tap.
 
 Rules: every process is started with a mark of its own in its environment, which its children inherit, and whatever
 carries that mark is killed by pid when the context ends, however it ends; servers take free ports on 127.0.0.1; nothing
@@ -7,10 +7,12 @@ is read from this process's `BURSTGATE_...` environment but what the caller pass
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 import signal
+import socket
 import socketserver
 import subprocess
 import sys
@@ -32,6 +34,8 @@ from storage.query import Filter, read_batches
 from traces.batch import records_from_batch
 from traces.record import TraceRecord
 
+MODEL = "tiny"
+"""What the real vLLM of the tests serves."""
 BURSTGATE = str(Path(sys.executable).with_name("burstgate"))
 """The console script of the environment that runs the tests."""
 MARK = "E2E_MARK"
@@ -98,6 +102,7 @@ class Process:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        self._is_killed = False
         self._output = bytearray()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -124,16 +129,22 @@ class Process:
 
     def commands(self) -> dict[int, list[str]]:
         """Living processes of this tree, orphans included, with their command lines."""
-        wanted = f"{MARK}={self.mark}".encode()
-        found = {}
-        for entry in Path("/proc").iterdir():
+        found: dict[int, list[str]] = {}
+        for entry in () if self._is_killed else Path("/proc").iterdir():
             if entry.name.isdecimal():
                 try:
-                    if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                    if self._owns(entry):
                         found[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
                 except (FileNotFoundError, ProcessLookupError, PermissionError):
                     continue
         return found
+
+    def _owns(self, entry: Path) -> bool:
+        """By the mark, which a new session keeps, or by the session, which a process that renames itself keeps."""
+        state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+        if state == "Z":
+            return False
+        return int(session) == self.pid or f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes()
 
     def wait_for(self, pattern: str, timeout_s: float) -> re.Match[str]:
         """The first match in the output. Raises AssertionError with the output when it does not come."""
@@ -169,6 +180,7 @@ class Process:
                 except ProcessLookupError:
                     continue
             time.sleep(0.01)
+        self._is_killed = True
         self._popen.wait()
         self._reader.join(5.0)
         if self._popen.stdout is not None and not self._reader.is_alive():
@@ -306,31 +318,23 @@ class Simulator:
         return msgspec.json.decode(httpx.get(f"{self.url}/stats", timeout=30.0).content, type=Stats)
 
 
-class ScriptedUpstream:
-    """A server that answers each connection's first request with the given pieces, then closes.
+class _Server:
+    """A TCP server on a free port, a thread for each connection."""
 
-    pieces: bytes are sent as they are, numbers are seconds waited. `requests` holds what came, raw.
-    """
-
-    def __init__(self, *pieces: bytes | float) -> None:
-        self.requests: deque[bytes] = deque()
-        self._pieces = pieces
+    def __init__(self) -> None:
         self.url = ""
 
+    def serve(self, client: socket.socket) -> None:
+        """One connection, to its end. An OSError means that the other side has left."""
+        raise NotImplementedError
+
     def __enter__(self) -> Self:
-        pieces, requests = self._pieces, self.requests
+        serve = self.serve
 
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
-                try:
-                    requests.append(_read_request(self.request.recv))
-                    for piece in pieces:
-                        if isinstance(piece, bytes):
-                            self.request.sendall(piece)
-                        else:
-                            time.sleep(piece)
-                except OSError:
-                    return  # the gateway has left
+                with contextlib.suppress(OSError):
+                    serve(self.request)
 
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -343,6 +347,61 @@ class ScriptedUpstream:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+
+class ScriptedUpstream(_Server):
+    """A server that answers each connection's first request with the given pieces, then closes.
+
+    pieces: bytes are sent as they are, numbers are seconds waited. `requests` holds what came, raw.
+    """
+
+    def __init__(self, *pieces: bytes | float) -> None:
+        super().__init__()
+        self.requests: deque[bytes] = deque()
+        self._pieces = pieces
+
+    def serve(self, client: socket.socket) -> None:
+        self.requests.append(_read_request(client.recv))
+        for piece in self._pieces:
+            if isinstance(piece, bytes):
+                client.sendall(piece)
+            else:
+                time.sleep(piece)
+
+
+class Tap(_Server):
+    """A relay in front of a server that keeps what passes, byte for byte. For one request at a time."""
+
+    def __init__(self, target_url: str) -> None:
+        super().__init__()
+        url = httpx.URL(target_url)
+        self._target = (url.host, url.port or 80)
+        self._asked, self._answered = bytearray(), bytearray()
+
+    def serve(self, client: socket.socket) -> None:
+        with socket.create_connection(self._target) as upstream:
+            back = threading.Thread(target=_pump, args=(upstream, client, self._answered))
+            back.start()
+            _pump(client, upstream, self._asked)
+            back.join()
+
+    def take(self) -> tuple[bytes, bytes]:
+        """What was asked and what was answered since the last call."""
+        taken = bytes(self._asked), bytes(self._answered)
+        self._asked.clear()
+        self._answered.clear()
+        return taken
+
+
+def _pump(source: socket.socket, sink: socket.socket, seen: bytearray) -> None:
+    """Pass on until the source ends; then end the sink's side too."""
+    try:
+        while data := source.recv(65536):
+            seen += data
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+    except OSError:
+        return  # one side has broken off; the other pump hears of it by itself
 
 
 def _read_request(receive: Callable[[int], bytes]) -> bytes:

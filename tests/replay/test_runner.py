@@ -265,17 +265,17 @@ def test_what_goes_over_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_loop_is_open_and_late_requests_go_at_once(tmp_path: Path) -> None:
-    """Answers take 0.4 s; 40 requests are due within 0.2 s, and all are sent by then."""
+    """Answers take a second; 40 requests are due within 0.2 s and do not wait for them."""
     dues_s = [n * 0.005 for n in range(40)]
-    slow = raw(0.4, STREAM_HEAD, content(), usage(20, 3), END, close=False)
+    slow = raw(1.0, STREAM_HEAD, content(), usage(20, 3), END, close=False)
     samples = tmp_path / "s"
     summary, script = replayed({CHAT: slow}, rows(dues_s), ReplayOptions("", "m", samples=samples))
     assert (summary.ok, summary.in_flight_max) == (40, 40)
     arrived_s = [seen.at_s for seen in script.of(CHAT)]
-    assert arrived_s[-1] - arrived_s[0] < 0.35
+    assert arrived_s[-1] - arrived_s[0] < 0.9
     assert [sample.index for sample in sorted(samples_of(samples), key=lambda s: s.due_s)] == list(range(40))
     assert summary.e2e_s is not None
-    assert summary.e2e_s.p50 == pytest.approx(0.4, abs=0.15)
+    assert 1.0 <= summary.e2e_s.p50 < 1.9
 
 
 def test_max_in_flight_counts_as_lag() -> None:
@@ -286,8 +286,7 @@ def test_max_in_flight_counts_as_lag() -> None:
     assert summary.e2e_s is not None
     assert summary.e2e_from_due_s is not None
     assert summary.dispatch_lag_s.max > 0.19
-    assert summary.e2e_s.p50 < 0.15
-    assert summary.e2e_from_due_s.max > 0.24
+    assert summary.e2e_from_due_s.max > summary.e2e_s.p50 + 0.15
 
 
 OK_BODY = b'{"choices":[{"index":0,"message":{"content":"x"},"finish_reason":"length"}],"usage":{"prompt_tokens":20,"completion_tokens":3}}'  # noqa: E501
@@ -324,7 +323,7 @@ def test_each_failure_is_a_sample_and_the_next_request_is_sent(
     async def first_only(seen: Seen, writer: asyncio.StreamWriter) -> None:
         await (answer if seen.headers["x-request-id"].endswith("-0") else echo)(seen, writer)
 
-    options = ReplayOptions("", "m", timeout_s=0.3, samples=tmp_path / "s")
+    options = ReplayOptions("", "m", timeout_s=1.0, samples=tmp_path / "s")
     summary, _ = replayed({CHAT: first_only}, rows([0.0, 0.1]), options)
     assert summary.sent == 2
     assert summary.failures == ({} if outcome == "ok" else {outcome: 1})
@@ -377,19 +376,19 @@ def test_a_broken_tokenizer_is_no_tokenizer(tokenize: Answer) -> None:
 
 
 def test_sends_do_not_wait_for_a_slow_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It counts short texts at once and takes a second for a prompt; the schedule does not wait for it."""
+    """It counts short texts at once and takes five seconds for a prompt; the schedule does not wait for it."""
     monkeypatch.setattr("replay.ahead.COUNTED_BEFORE_ZERO", 0)
 
     async def tokenize(seen: Seen, writer: asyncio.StreamWriter) -> None:
         words = words_of(seen)
         if words == 295:
-            await asyncio.sleep(1)
+            await asyncio.sleep(5)
         await status(200, b'{"count":%d}' % (words + 5))(seen, writer)
 
     summary, _ = replayed({CHAT: echo, "/tokenize": tokenize}, rows([n * 0.01 for n in range(30)], 300))
     assert (summary.ok, summary.prompt_method, summary.prompts_counted) == (30, "tokenize", 0)
     assert summary.dispatch_lag_s is not None
-    assert summary.dispatch_lag_s.max < 0.5
+    assert summary.dispatch_lag_s.max < 3
 
 
 def test_rows_beyond_the_model_are_counted(simulator: str) -> None:

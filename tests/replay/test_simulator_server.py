@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from replay.simulator.config import SimulatorConfig
 from replay.simulator.faults import Fault, parse_fault
 from replay.simulator.requests import ApiError, decode_body
-from replay.simulator.server import running
+from replay.simulator.server import build_app, running
 
 HI = [{"role": "user", "content": "hi there"}]  # 4 + 2 tokens, and 2 for the generation prompt
 FORCED: dict[str, Any] = {"max_tokens": 5, "ignore_eos": True}
@@ -555,7 +556,9 @@ def test_any_bytes_are_an_object_or_an_api_error(content: bytes) -> None:
 
 def _raw_request(client: httpx.Client, fault: str = "", **body: Any) -> socket.socket:
     url = client.base_url
-    connection = socket.create_connection((url.host, url.port or 0))
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    connection.connect((url.host, url.port or 0))
     content = json.dumps({"messages": HI, **body}).encode()
     head = (
         f"host: x\r\nx-sim-fault: {fault}\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
@@ -596,6 +599,34 @@ def test_many_clients_that_leave_are_all_counted(slow: httpx.Client) -> None:
         connection.close()
     wait_for(slow, aborted=100, in_flight=0, running=0, waiting=0, finished=0)
     assert stats(slow)["max_running"] == 8
+
+
+def test_a_client_that_stops_reading_and_leaves_is_counted(fast: httpx.Client) -> None:
+    before = stats(fast)
+    # 10 MB of events: more than the sockets' buffers hold, so the server waits in the middle of a write.
+    with _raw_request(fast, max_tokens=1000, ignore_eos=True, stream=True, n=50):
+        wait_for(fast, in_flight=1, running=0, generation_tokens=before["generation_tokens"] + 50_000)
+    wait_for(fast, in_flight=0, aborted=before["aborted"] + 1, finished=before["finished"])
+
+
+def test_a_client_that_leaves_keeps_no_task_behind() -> None:
+    with running(SLOW) as url, httpx.Client(base_url=url) as client:
+        with _raw_request(client, "stall_after=2", max_tokens=4000, ignore_eos=True, stream=True):
+            wait_for(client, running=1)
+            time.sleep(0.1)
+        wait_for(client, in_flight=0, aborted=1)
+        left_s = time.monotonic()
+    # A task that still served this client would hold up the end of the server for its 2 s of grace.
+    assert time.monotonic() - left_s < 1
+
+
+def test_the_application_runs_in_process_without_lifespan() -> None:
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(build_app(SimulatorConfig.fast()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://simulated") as client:
+            return await client.post("/v1/chat/completions", json={"messages": HI, "stream": True, **FORCED})
+
+    assert len(events(asyncio.run(ask()))) == 7
 
 
 def test_steps_take_their_time(slow: httpx.Client) -> None:
