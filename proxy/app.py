@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from proxy.child import ChildTask, read_task, watch_parent
+from proxy.child import ChildTask, run_child, watch_parent
 from proxy.errors import GatewayError, error_body
 from proxy.exchange import Gateway, Receive, Scope, Send, uuid7
 from proxy.sessions import SessionTable, load_secret
@@ -40,6 +40,8 @@ class GatewayApp(FastAPI):
     """
 
     gateway: Gateway
+    failure: OSError | ValueError | None = None
+    """What kept it from starting."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry."""
@@ -76,8 +78,12 @@ def build_app(settings: Settings) -> GatewayApp:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        gateway = build_gateway(settings)
         assert isinstance(app, GatewayApp)
+        try:
+            gateway = build_gateway(settings)
+        except (OSError, ValueError) as error:
+            app.failure = error
+            raise
         app.gateway = gateway
         async with asyncio.TaskGroup() as tasks:
             upkeep = tasks.create_task(_maintain(gateway))
@@ -189,7 +195,8 @@ def run_worker(task: ChildTask) -> None:
     """Serve until told to stop."""
     raise_descriptor_limit()
     settings = task.settings
-    server = uvicorn.Server(server_config(build_app(settings), settings))
+    app = build_app(settings)
+    server = uvicorn.Server(server_config(app, settings))
 
     def stop() -> None:
         server.should_exit = True
@@ -197,7 +204,9 @@ def run_worker(task: ChildTask) -> None:
     watch_parent(stop)
     task.tell_ready_when(lambda: server.started)
     server.run(sockets=[socket.socket(fileno=task.socket_fd)])
+    if not server.started:  # uvicorn keeps the reason to itself
+        raise OSError(f"the worker did not start: {app.failure}")
 
 
 if __name__ == "__main__":
-    run_worker(read_task("worker"))
+    run_child("worker", run_worker)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from proxy.settings import Settings
+from proxy.settings import ConfigError, Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,16 @@ def read_task(name: str) -> ChildTask:
     configure_logging(name)
     fields = json.loads(sys.stdin.buffer.readline())
     return ChildTask(Settings.model_validate(fields["settings"]), fields["socket_fd"], fields["ready_fd"])
+
+
+def run_child(name: str, main: Callable[[ChildTask], None]) -> None:
+    """A supervised process's life. What keeps it from its work is one line on standard error and exit status 1."""
+    task = read_task(name)
+    try:
+        main(task)
+    except (ConfigError, OSError) as error:
+        logging.getLogger("burstgate").critical("%s", error)
+        sys.exit(1)
 
 
 def watch_parent(stop: Callable[[], None]) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import click
 import msgspec
 import sqlalchemy as sa
 import typer
@@ -231,10 +230,7 @@ def _stamp(text: str | None, timezone: str | None, flag: str) -> float | None:
     except ValueError:
         raise ConfigError(f"{flag}: expected ISO 8601 or epoch seconds, got {text!r}") from None
     if moment.tzinfo is None:
-        try:
-            moment = moment.replace(tzinfo=zoneinfo.ZoneInfo(timezone or "UTC"))
-        except (zoneinfo.ZoneInfoNotFoundError, ValueError):
-            raise ConfigError(f"--timezone: expected an IANA time zone, got {timezone!r}") from None
+        moment = moment.replace(tzinfo=zoneinfo.ZoneInfo(timezone or "UTC"))
     return moment.timestamp()
 
 
@@ -275,6 +271,13 @@ def _known_format(format: str | None) -> None:
         raise ConfigError(f"--format: expected one of {', '.join(FORMATS)}, got {format!r}")
 
 
+def _known_timezone(timezone: str | None) -> None:
+    try:
+        zoneinfo.ZoneInfo(timezone or "UTC")
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        raise ConfigError(f"--timezone: expected an IANA time zone, got {timezone!r}") from None
+
+
 @app.command()
 def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write; - is standard output.")],
@@ -299,6 +302,7 @@ def export(
     from storage import export as exports
 
     _known_format(format)
+    _known_timezone(timezone)
     if failures not in ("keep", "drop"):
         raise ConfigError(f"--failures: expected keep or drop, got {failures!r}")
     if stamps not in (None, "int", "float"):
@@ -340,6 +344,7 @@ def import_(
     from storage.importing import import_trace
 
     _known_format(format)
+    _known_timezone(timezone)
     clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone)
     engine = _engine(config, data_dir, database_url, upgraded=True)
     report = import_trace(engine, trace, dataset=dataset, format=format, clock=clock)
@@ -376,6 +381,7 @@ def stats(
     from traces.summary import render, summarize
 
     _known_format(format)
+    _known_timezone(timezone)
     selection = _selection(
         model, session, outcome, origin, log_type, run_id,
         _stamp(start, timezone, "--from"), _stamp(end, timezone, "--to"),
@@ -427,11 +433,14 @@ def replay(
 
     _known_format(format)
     literal: Any = {"ties": ties, "endpoint": endpoint}
-    options = ReplayOptions(
-        target=target, model=model, speed=speed, limit=limit, start_s=start, duration_s=duration, seed=seed,
-        stream=stream, format=format, api_key_env=api_key_env, run_id=run_id, samples=samples, json=json,
-        max_in_flight=max_in_flight, timeout_s=timeout, max_error_rate=max_error_rate, quiet=quiet, **literal,
-    )  # fmt: skip
+    try:
+        options = ReplayOptions(
+            target=target, model=model, speed=speed, limit=limit, start_s=start, duration_s=duration, seed=seed,
+            stream=stream, format=format, api_key_env=api_key_env, run_id=run_id, samples=samples, json=json,
+            max_in_flight=max_in_flight, timeout_s=timeout, max_error_rate=max_error_rate, quiet=quiet, **literal,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     summary = run(trace, options, console=Console(highlight=False))
     if summary.is_interrupted:
         raise typer.Exit(130)
@@ -478,22 +487,35 @@ _USAGE: tuple[type[Exception], ...] = (ConfigError, DatabaseUrlError)
 Ties = Literal["spread", "keep"]
 
 
+# Newer typers carry their own copy of click, and name few of its classes; this base is the same in either.
+_WrongCall: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def _wrong_call(error: Any) -> str:
+    """One line for a command line that can not be parsed; nothing where its help has been shown."""
+    text = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if context is not None else ""
+    return f"burstgate: {text}{hint}" if text and type(error).__name__ != "NoArgsIsHelpError" else ""
+
+
 def main() -> None:
     """Run the command; every expected error is one line on standard error."""
     from replay.runner import ReplayError
 
     try:
         status = app(standalone_mode=False)
-    except click.exceptions.ClickException as error:
-        error.show()
+    except _WrongCall as error:
+        if line := _wrong_call(error):
+            print(line, file=sys.stderr)
         sys.exit(2)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (*EXPECTED, ReplayError) as error:
-        text = str(error).strip() or type(error).__name__
+        text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             text = f"{error.filename}: {error.strerror}"
         print(f"burstgate: {text}", file=sys.stderr)

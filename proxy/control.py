@@ -21,7 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from proxy.child import ChildTask, read_task, watch_parent
+from proxy.child import ChildTask, run_child, watch_parent
 from proxy.doctor import Check, balance_of, diagnose
 from proxy.settings import Settings, show_value
 from proxy.telemetry import sum_counters, worker_metrics
@@ -185,4 +185,4 @@ def run_control(task: ChildTask) -> None:
 
 
 if __name__ == "__main__":
-    run_control(read_task("control"))
+    run_child("control", run_control)

@@ -53,7 +53,7 @@ def diagnose(settings: Settings) -> Iterator[Check]:
         finally:
             engine.dispose()
     except (DatabaseUrlError, DatabaseUnavailable, SchemaError) as error:
-        yield Check("database", False, f"{shown}: {error}")
+        yield Check("database", False, str(error))
         return
     if found != wanted:
         yield Check(

@@ -7,6 +7,7 @@ goes to the journal. A record is made once, by whoever comes first: the answer's
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
@@ -62,11 +63,10 @@ def uuid7(wall_s: float, draw: Callable[[int], int] = random.getrandbits) -> str
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
-def _is_event_stream(exchange: Exchange) -> bool:
-    return any(
-        name.lower() == b"content-type" and value.lower().startswith(b"text/event-stream")
-        for name, value in exchange.headers
-    )
+def _session_text(session: bytes) -> str:
+    """A session of the table, 16 bytes, as the text of a UUID."""
+    text = session.hex()
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
 class ClientGone(Exception):
@@ -274,10 +274,7 @@ class _Request:
         elif self.family is Family.RESPONSES and self.facts.previous_response_id is not None:
             key = response_key(self.facts.previous_response_id, self.gateway.secret)
         found = table.get(key) if key is not None else None
-        if found is None:
-            return None
-        text = found.hex()
-        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+        return None if found is None else _session_text(found)
 
     def _remember(self, done: Accounted) -> None:
         """Keep the keys under which the next turn of this conversation will be recognised."""
@@ -295,36 +292,42 @@ class _Request:
             value = bytes.fromhex(session.replace("-", ""))
         except ValueError:
             return
-        if len(value) == 16:
+        if len(value) == 16 and _session_text(value) == session:  # another spelling could not be given back
             table.put(key, value)
 
     def _begin(self) -> None:
         head = self.head
-        self.begun = self.gateway.journal.begin(
-            Begun(
-                self.request_id,
-                self.received_at,
-                self.session,
-                clean(self.facts.model),
-                self.log_type,
-                None if head.request_id is None else clean(head.request_id.decode("latin-1")),
-                clean(self.path[:200]) or "",
-                self.facts.stream,
-                countable(self.facts.max_tokens),
-                head.origin,
-                head.run_id,
+        try:
+            self.begun = self.gateway.journal.begin(
+                Begun(
+                    self.request_id,
+                    self.received_at,
+                    self.session,
+                    clean(self.facts.model),
+                    self.log_type,
+                    None if head.request_id is None else clean(head.request_id.decode("latin-1")),
+                    clean(self.path[:200]) or "",
+                    self.facts.stream,
+                    countable(self.facts.max_tokens),
+                    head.origin,
+                    head.run_id,
+                )
             )
-        )
+        except Exception:  # noqa: BLE001 (never in the way: a defect in recording must not refuse a request)
+            self.begun = False
+            self._accounting_failed()
 
     async def _forward(self, body: bytes | AsyncIterator[bytes]) -> None:
         if isinstance(body, bytes):
             self.gateway.watch.add(self)
-        exchange = await self._open(body)
-        if not isinstance(body, bytes):
+            exchange = await self._open(body)
+        else:
+            exchange = await self._upload(body)
             self.gateway.watch.add(self)  # only now: until here the body's reader has heard of a client that left
         try:
             await exchange.wait_head()
-            if _is_event_stream(exchange):
+            headers, content_type, encoding = self._response_headers(exchange)
+            if content_type.startswith(b"text/event-stream"):
                 # vLLM sends a stream's head at once and its first event after the prefill. Until then nothing has been
                 # promised to the client, and an upstream that fails or stays silent is still an error it can read.
                 while not exchange.has_body:
@@ -333,7 +336,19 @@ class _Request:
             raise self._upstream_failed(error) from None
         except ConnectFailed as error:  # the retry on a fresh connection found nobody
             raise GatewayError(502, "upstream_connect_error", str(error)) from None
-        await self._relay(exchange)
+        self.status = exchange.status
+        self.account = self._new_account(content_type, encoding)
+        await self._relay(exchange, headers)
+
+    async def _upload(self, body: AsyncIterator[bytes]) -> Exchange:
+        """As `_open`, in bounded time: until the body is through, the watch's timers have nothing to look at."""
+        total_s = self.gateway.settings.timeouts.total_s
+        try:
+            async with asyncio.timeout(total_s or None):
+                return await self._open(body)
+        except TimeoutError:
+            self.timed_out = f"not complete within {total_s:g} s (timeouts.total_s)"
+            raise self._upstream_failed() from None
 
     async def _open(self, body: bytes | AsyncIterator[bytes]) -> Exchange:
         """Send the request to an upstream; to another one as long as no connection could be made."""
@@ -341,8 +356,7 @@ class _Request:
         target: bytes = scope.get("raw_path") or self.path.encode()
         if scope["query_string"]:
             target = b"%b?%b" % (target, scope["query_string"])
-        headers = [header for header in self.head.forward if header[0] != b"x-request-id"]
-        headers += ((b"x-request-id", self.shown_id), _VIA)
+        headers = [*self.head.forward, (b"x-request-id", self.shown_id), _VIA]
         method: bytes = scope["method"].encode()
         chunked = False
         if isinstance(body, bytes):
@@ -385,7 +399,7 @@ class _Request:
             self.holds_slot = False
             self.upstream.in_flight -= 1
 
-    def _upstream_failed(self, error: Exception) -> Exception:
+    def _upstream_failed(self, error: Exception | None = None) -> Exception:
         """What a failure before the response's head means."""
         if self.client_gone:
             return ClientGone()
@@ -396,14 +410,11 @@ class _Request:
             return GatewayError(502, "upstream_protocol_error", f"{name}: not an HTTP response: {error}")
         return GatewayError(502, "upstream_disconnected", f"{name}: connection ended before a response: {error}")
 
-    async def _relay(self, exchange: Exchange) -> None:
+    async def _relay(self, exchange: Exchange, headers: Headers) -> None:
         """Pass the answer on, accounting for it."""
-        self.status = status = exchange.status
-        headers, content_type, encoding = self._response_headers(exchange)
-        self.account = self._new_account(content_type, encoding)
         send = self.send
         self.answered = True
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.start", "status": exchange.status, "headers": headers})
         while True:
             data = exchange.take()
             is_complete = exchange.is_complete
@@ -496,6 +507,9 @@ class _Request:
         self.account = NoAccount()
 
     def _outcome(self) -> Outcome:
+        """Of an answer that is whole."""
+        if self.client_gone:
+            return Outcome.CLIENT_GONE
         status = self.status or 0
         if status < 400:
             return Outcome.OK
@@ -527,7 +541,12 @@ class _Request:
             return
         self.is_recorded = True
         self._release_slot()
-        now_ns = time.monotonic_ns()
+        try:
+            self._conclude(outcome, time.monotonic_ns())
+        except Exception:  # noqa: BLE001 (never in the way: a defect in recording must not break an answer)
+            self._accounting_failed()
+
+    def _conclude(self, outcome: Outcome, now_ns: int) -> None:
         try:
             done = self.account.result()
         except Exception:  # noqa: BLE001 (never in the way: a defect in accounting must not break an answer)
@@ -536,6 +555,7 @@ class _Request:
         if outcome is Outcome.OK and done.error_type is not None and type(self.account) is StreamAccount:
             outcome = Outcome.UPSTREAM_ERROR
         if self.begun is None:
+            self._find_session()
             self._begin()
         record = self._record(outcome, done, now_ns)
         if self.begun:

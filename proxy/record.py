@@ -9,7 +9,7 @@ import logging
 import signal
 from types import FrameType
 
-from proxy.child import read_task, watch_parent
+from proxy.child import ChildTask, run_child, watch_parent
 from proxy.settings import ConfigError, Settings
 from storage.engine import open_engine, upgrade
 from storage.recorder import Recorder
@@ -55,9 +55,13 @@ def run_recorder(recorder: Recorder) -> None:
         recorder.close()
 
 
-if __name__ == "__main__":
-    task = read_task("recorder")
-    opened = open_recorder(task.settings)
-    watch_parent(opened.stop)
+def run_supervised(task: ChildTask) -> None:
+    """Record until told to stop."""
+    recorder = open_recorder(task.settings)
+    watch_parent(recorder.stop)
     task.tell_ready()
-    run_recorder(opened)
+    run_recorder(recorder)
+
+
+if __name__ == "__main__":
+    run_child("recorder", run_supervised)

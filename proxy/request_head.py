@@ -68,6 +68,7 @@ class RequestHead:
                 continue
             elif name == b"x-request-id":
                 self.request_id = value
+                continue
             if name == session_header:
                 self.session = clean(value.decode("latin-1")) or None
             if name == log_type_header:

@@ -15,6 +15,7 @@ out: a bounded LRU. Two workers may write a bucket at once; an entry torn by tha
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import mmap
 import os
@@ -126,14 +127,28 @@ def response_key(response_id: str, secret: bytes) -> bytes:
 def load_secret(data_dir: Path) -> bytes:
     """The installation's hash key, made at the first call. Raises OSError."""
     path = data_dir / "secret"
-    with contextlib.suppress(FileExistsError):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(32))
+    if not path.exists():
+        # Written whole under another name and linked: of workers that start at once each reads the same whole one.
+        new = data_dir / f".secret-{os.getpid()}-{secrets.token_hex(8)}"
+        try:
+            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(32))
+            with contextlib.suppress(FileExistsError):
+                os.link(new, path)
+        finally:
+            new.unlink(missing_ok=True)
     secret = path.read_bytes()
     if len(secret) != 32:
         raise OSError(f"{path}: expected 32 bytes, found {len(secret)}; delete it to make a new one")
     return secret
+
+
+def _holds(path: Path, header: bytes, size: int) -> bool:
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size == size and file.read(len(header)) == header
+    except FileNotFoundError:
+        return False
 
 
 class SessionTable:
@@ -143,15 +158,16 @@ class SessionTable:
         """Open or create. A file of another size or version is replaced. Raises OSError."""
         header = f"burstgate-sessions 1 {buckets}\n".encode().ljust(_HEADER_BYTES)
         size = _HEADER_BYTES + buckets * _BUCKET_BYTES
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            if os.fstat(descriptor).st_size != size or os.pread(descriptor, _HEADER_BYTES, 0) != header:
-                os.ftruncate(descriptor, 0)
-                os.posix_fallocate(descriptor, 0, size)  # a store into a hole of a full disk would be a SIGBUS
-                os.pwrite(descriptor, header, 0)
-            self._map = mmap.mmap(descriptor, size)
-        finally:
-            os.close(descriptor)
+        with path.with_name(f"{path.name}.lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _holds(path, header, size):
+                path.unlink(missing_ok=True)  # not cut: another process may have it mapped, and that is a SIGBUS
+                path.touch(0o600)
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, size)  # a store into a hole of a full disk is one, too
+                    file.write(header)
+            with path.open("r+b") as file:
+                self._map = mmap.mmap(file.fileno(), size)
         self._buckets = buckets
 
     def _bucket(self, key: bytes) -> int:

@@ -31,7 +31,7 @@ class ConfigError(ValueError):
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="utf8")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class JournalSettings(_Frozen):
@@ -107,9 +107,7 @@ class Settings(_Frozen):
     @field_validator("upstreams")
     @classmethod
     def _urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for url in value:
-            parse_base_url(url)
-        if len(set(value)) != len(value):
+        if len({parse_base_url(url).text for url in value}) != len(value):
             raise ValueError("each upstream may be named once")
         return value
 
@@ -175,7 +173,10 @@ def _from_file(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path}{line}: not YAML: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not YAML: nested too deeply") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -238,14 +239,19 @@ def _first_problem(error: ValidationError, sources: Mapping[str, str]) -> str:
     key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
     place = sources.get(key, "settings")
     rule = problem["msg"].removeprefix("Value error, ")
-    return f"{place}: {key}: {rule}, got {problem['input']!r}"
+    return _without_secrets(f"{place}: {key}: {rule}, got {problem['input']!r}")
 
 
-_SECRET = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*@")
+_PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^\s'\"]*@")
+_PASSWORD_OPTION = re.compile(r"(?<=password=)[^&\s'\"]*", re.IGNORECASE)
+
+
+def _without_secrets(text: str) -> str:
+    return _PASSWORD_OPTION.sub("***", _PASSWORD.sub(r"\1:***@", text))
 
 
 def show_value(value: Any) -> str:
-    """A value for people, with the password of a URL as `***`."""
+    """A value for people, with the passwords of a URL as `***`."""
     if isinstance(value, tuple):
         return ", ".join(show_value(part) for part in value) or "(none)"
     if value is None:
@@ -254,7 +260,7 @@ def show_value(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, ByteSize):
         return value.human_readable()
-    return _SECRET.sub(r"\1:***@", str(value))
+    return _without_secrets(str(value))
 
 
 def describe(loaded: Loaded) -> Iterator[tuple[str, str, str]]:

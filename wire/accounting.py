@@ -14,19 +14,19 @@ import re
 
 import msgspec
 
-from wire.openai import (
-    POOLING_FAMILIES,
-    Family,
-    Payload,
-    Usage,
-    error_type_of,
-    read_payload,
-    usage_of,
-)
+from wire.openai import Choice, Delta, Family, Payload, Usage, error_type_of, read_payload, usage_of
 from wire.sse import SseSplitter, event_data
 
 MAX_UNARY_BYTES = 32 * 1024 * 1024
 """A plain answer beyond this passes on unread, with unknown tokens."""
+
+MAX_ANSWER_BYTES = 256 * 1024
+"""Longer answers are not kept for session inference."""
+
+_MAX_SHAPES = 8
+_TEXT = re.compile(rb'"(content|text|reasoning|reasoning_content|arguments)":"([^"\\]*)"')
+_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*')
+"""The inside of a JSON string."""
 
 
 class Accounted(msgspec.Struct, frozen=True, gc=False):
@@ -57,7 +57,10 @@ class StreamAccount:
     """Accounts for a server-sent event stream of any family.
 
     strip_usage: the gateway asked for usage on the client's behalf; the extra event is removed.
-    keep_answer: collect the answer's text (up to `MAX_ANSWER_BYTES`).
+    keep_answer: collect the answer's text (up to `MAX_ANSWER_BYTES`), of a request for one choice.
+
+    Most events of a stream differ from an earlier one in one string. So the bytes around that string are kept (its
+    shape), and an event that has the same bytes around another string is counted unread.
     """
 
     __slots__ = (
@@ -70,9 +73,9 @@ class StreamAccount:
         "_finish_reason",
         "_first_ns",
         "_last_ns",
-        "_openai",
         "_response_id",
         "_served_model",
+        "_shapes",
         "_splitter",
         "_strip",
         "_usage",
@@ -81,12 +84,13 @@ class StreamAccount:
 
     def __init__(self, family: Family, *, strip_usage: bool = False, keep_answer: bool = False) -> None:
         self._family = family
-        self._openai = family not in (Family.RESPONSES, Family.MESSAGES)
         self._strip = strip_usage
         self._splitter = SseSplitter()
         self._first_ns: int | None = None
         self._last_ns: int | None = None
         self._content_chunks = 0
+        self._shapes: list[tuple[bytes, bytes, bool]] = []
+        """What is before and after the text of a chunk, and whether that text belongs to the answer."""
         self._usage: Usage | None = None
         self._by_choice: dict[int, Usage] = {}
         self._finish_reason: str | None = None
@@ -100,98 +104,110 @@ class StreamAccount:
 
     def feed(self, now_ns: int, data: bytes) -> bytes:
         """Account for `data`; returns what to pass on now."""
+        if not self._splitter.rest and self._counts_unread(now_ns, data):
+            return data
         blocks = self._splitter.feed(data)
         if not self._strip:
             for block in blocks:
                 self._account(now_ns, block)
             return data
-        keep = [block for block in blocks if not self._account(now_ns, block)]
-        return keep[0] if len(keep) == 1 else b"".join(keep)
+        return b"".join([block for block in blocks if not self._account(now_ns, block)])
 
     def eof(self, now_ns: int) -> bytes:
         """Account for the end of the stream; returns what was still held back."""
         rest = self._splitter.eof()
-        extra = self._account(now_ns, rest) if rest else False
-        return b"" if extra or not self._strip else rest
+        is_extra = self._account(now_ns, rest) if rest else False
+        return rest if self._strip and not is_extra else b""
+
+    def _counts_unread(self, now_ns: int, block: bytes) -> bool:
+        """Count an event that differs from an earlier chunk of the answer in its text only."""
+        for before, after, is_answer in self._shapes:
+            if block.startswith(before) and block.endswith(after):
+                text = _STRING.fullmatch(block, len(before), len(block) - len(after))
+                if text is not None:
+                    self._content_chunks += 1
+                    self._last_ns = now_ns
+                    if is_answer:
+                        self._keep(text[0])
+                    return True
+        return False
 
     def _account(self, now_ns: int, block: bytes) -> bool:
         """Count one event; True when it is the extra usage event."""
-        if (
-            self._openai
-            and self._first_ns is not None
-            and b'"choices":[{' in block
-            and (b'"finish_reason"' not in block or b'"finish_reason":null' in block)
-            and (b'"usage"' not in block or b'"usage":null' in block)
-        ):
-            self._content_chunks += 1
-            self._last_ns = now_ns
-            if self._answer is not None:
-                self._keep(block)
+        if self._counts_unread(now_ns, block):
             return False
-        return self._account_read(now_ns, block)
-
-    def _account_read(self, now_ns: int, block: bytes) -> bool:
         data = event_data(block)
-        if data == b"[DONE]":
+        if data.startswith(b"[DONE]"):
             self.terminal = True
             return False
         payload = read_payload(data) if data else None
         if payload is None:
             return False
-        if self._openai:
-            return self._account_chunk(now_ns, payload, block)
-        self._account_typed(now_ns, payload)
-        return False
-
-    def _account_chunk(self, now_ns: int, payload: Payload, block: bytes) -> bool:
         self._learn(payload)
-        choices = payload.choices or ()
-        has_content = False
-        for choice in choices:
-            if choice.finish_reason is not None:
-                self._finish_reason = choice.finish_reason
-            delta = choice.delta
-            has_content |= bool(choice.text) or (
-                delta is not None
-                and bool(delta.content or delta.reasoning or delta.reasoning_content or delta.tool_calls
-                         or delta.function_call or delta.refusal)
-            )  # fmt: skip
-        if has_content:
-            self._chunk(now_ns)
-            if self._answer is not None:
-                self._keep(block)
-        if payload.usage is None:
+        if payload.choices is None:
+            self._account_typed(now_ns, payload, block)
             return False
-        usage = usage_of(payload.usage, self._family)
-        if len(choices) == 1:
-            self._by_choice[choices[0].index] = usage
+        if payload.choices:
+            self._account_chunk(now_ns, payload, payload.choices, block)
             return False
-        self._usage = usage
-        return not choices and self._strip
+        self._merge(usage_of(payload, self._family))
+        return self._strip and payload.usage is not None
 
-    def _account_typed(self, now_ns: int, payload: Payload) -> None:
-        """The Responses API and Anthropic messages, whose events name their type."""
+    def _account_chunk(self, now_ns: int, payload: Payload, choices: list[Choice], block: bytes) -> None:
+        has_output = False
+        for choice in choices:
+            self._finish_reason = choice.finish_reason or self._finish_reason
+            has_output |= choice.has_output
+        choice = choices[0]
+        if has_output:
+            self._chunk(now_ns)
+            if choice.delta is not None and isinstance(choice.delta.content, str):
+                self._keep(msgspec.json.encode(choice.delta.content)[1:-1])
+        usage = usage_of(payload, self._family)
+        if len(choices) > 1:
+            self._merge(usage)
+        elif usage is not None:
+            self._by_choice[choice.index] = usage
+        elif has_output and choice.finish_reason is None:
+            self._learn_shape(block, choice.delta)
+
+    def _learn_shape(self, block: bytes, delta: Delta | None) -> None:
+        """Keep what surrounds the text of a chunk that is not the first of its message and says nothing else."""
+        text = _TEXT.search(block)
+        if text is None or len(self._shapes) == _MAX_SHAPES or (delta is not None and delta.role is not None):
+            return
+        content = delta.content if delta is not None else None
+        is_answer = self._answer is not None and content is not None
+        if is_answer and (text[1] != b"content" or text[2].decode("utf-8", "replace") != content):
+            return
+        start, end = text.span(2)
+        self._shapes.append((block[:start], block[end:], is_answer))
+
+    def _account_typed(self, now_ns: int, payload: Payload, block: bytes) -> None:
+        """The Responses API, Anthropic messages and OpenAI's transcriptions, whose events name their type."""
         kind = payload.type or ""
+        delta = payload.delta if isinstance(payload.delta, Delta) else None
         inner = payload.response or payload.message
         if inner is not None:
             self._learn(inner)
-            if inner.usage is not None:
-                self._merge(usage_of(inner.usage, self._family))
-        if payload.usage is not None:
-            self._merge(usage_of(payload.usage, self._family))
-        if payload.error is not None:
-            self._error_type = error_type_of(payload)
-        if kind == "content_block_delta" or (kind.startswith("response.") and kind.endswith(".delta")):
+            usage = usage_of(inner, self._family)
+            if usage is not None and kind == "message_start":  # its output count is from before any output
+                usage = Usage(usage.request_tokens, None, usage.cached_tokens)
+            self._merge(usage)
+        self._merge(usage_of(payload, self._family))
+        if kind.endswith(".delta") or (
+            kind == "content_block_delta" and (delta is None or delta.type != "signature_delta")
+        ):
             self._chunk(now_ns)
-        elif kind == "message_delta" and isinstance(payload.delta, msgspec.Struct):
-            self._finish_reason = payload.delta.stop_reason or self._finish_reason
+            self._learn_shape(block, delta)
+        elif kind == "message_delta" and delta is not None:
+            self._finish_reason = delta.stop_reason or self._finish_reason
         elif kind in ("response.completed", "response.incomplete", "response.failed"):
-            self._finish_reason = kind.removeprefix("response.")
+            status = inner.status if inner is not None else None
+            self._finish_reason = status or kind.removeprefix("response.")
             self.terminal = True
         elif kind == "message_stop":
             self.terminal = True
-        elif kind == "error":
-            self._error_type = self._error_type or "error"
 
     def _chunk(self, now_ns: int) -> None:
         if self._first_ns is None:
@@ -200,13 +216,15 @@ class StreamAccount:
         self._content_chunks += 1
 
     def _learn(self, payload: Payload) -> None:
-        if self._served_model is None:
+        if not self._served_model:
             self._served_model = payload.model
             self._response_id = payload.id
         self._error_type = error_type_of(payload) or self._error_type
 
-    def _merge(self, usage: Usage) -> None:
+    def _merge(self, usage: Usage | None) -> None:
         """A later report replaces what it names; Anthropic names the input at the start and the output at the end."""
+        if usage is None:
+            return
         old = self._usage or Usage()
         self._usage = Usage(
             usage.request_tokens if usage.request_tokens is not None else old.request_tokens,
@@ -214,22 +232,17 @@ class StreamAccount:
             usage.cached_tokens if usage.cached_tokens is not None else old.cached_tokens,
         )
 
-    def _keep(self, block: bytes) -> None:
-        answer = self._answer
-        if answer is None:
-            return
-        found = _CONTENT.findall(block)
-        answer.extend(found)
-        self._answer_bytes += sum(map(len, found))
-        if self._answer_bytes > MAX_ANSWER_BYTES:
-            self._answer = None
+    def _keep(self, text: bytes) -> None:
+        """Add the inside of a JSON string to the answer; too much ends the keeping."""
+        if self._answer is not None:
+            self._answer.append(text)
+            self._answer_bytes += len(text)
+            if self._answer_bytes > MAX_ANSWER_BYTES:
+                self._answer = None
 
     def result(self) -> Accounted:
         """What is known so far."""
         usage = self._usage
-        if self._family is Family.MESSAGES and self._content_chunks and not self.terminal and usage is not None:
-            # message_start says how long the input is; an output count in it is from before any output.
-            usage = Usage(usage.request_tokens, self._content_chunks, usage.cached_tokens)
         if usage is None and self._by_choice:
             parts = self._by_choice.values()
             known = [part.response_tokens for part in parts if part.response_tokens is not None]
@@ -244,22 +257,16 @@ class StreamAccount:
             self._served_model,
             self._response_id,
             self._error_type,
-            None if self._answer is None else _unescape(b"".join(self._answer)),
+            None if self._answer is None else _unescaped(b"".join(self._answer)),
         )
 
 
-MAX_ANSWER_BYTES = 256 * 1024
-"""Longer answers are not kept for session inference."""
-
-_CONTENT = re.compile(rb'"content":\s*"((?:[^"\\]|\\.)*)"')
-
-
-def _unescape(text: bytes) -> bytes | None:
-    """A JSON string's inside as UTF-8 text."""
+def _unescaped(text: bytes) -> bytes | None:
+    """The inside of a JSON string as UTF-8 text; None when it is not one."""
     if b"\\" not in text:
         return text
     try:
-        return msgspec.json.decode(b'"%b"' % text, type=str).encode("utf-8", "surrogatepass")
+        return msgspec.json.decode(b'"%b"' % text, type=str).encode()
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
 
@@ -297,23 +304,18 @@ class UnaryAccount:
         payload = read_payload(self._parts[0] if len(self._parts) == 1 else b"".join(self._parts))
         if payload is None:
             return Accounted()
-        usage = None
-        if payload.usage is not None:
-            usage = usage_of(payload.usage, self._family)
-            if usage.request_tokens is None and (usage.response_tokens is None or self._family in POOLING_FAMILIES):
-                usage = None
         finish = payload.stop_reason
         answer = None
         if payload.choices:
             finish = payload.choices[0].finish_reason
             if self._keep_answer:
                 message = payload.choices[0].message
-                if message is not None and message.content is not None:
-                    answer = message.content.encode("utf-8", "surrogatepass")
+                if message is not None and isinstance(message.content, str):
+                    answer = message.content.encode()
         elif self._family is Family.RESPONSES:
             finish = payload.status
         return Accounted(
-            usage=usage,
+            usage=usage_of(payload, self._family),
             finish_reason=finish,
             served_model=payload.model,
             response_id=payload.id,

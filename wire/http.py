@@ -8,18 +8,19 @@
         if exchange.is_complete: break
         await exchange.wait()
 
-Rules: an idle connection is reused newest first, and not after `idle_s`; a reused connection that dies before the
-first byte of a response is retried once on a fresh one; there is no cap on connections, because a hidden cap is a
-hidden queue; reading stops while more than `READ_AHEAD_BYTES` wait to be taken. `abort()` closes the connection, which
-is how vLLM learns that nobody listens any more. Times are monotonic nanoseconds.
+Rules: an idle connection is reused newest first, and not after `idle_s`. A request on a reused connection that ends
+within `STALE_NS` and without a byte of a response is sent once more on a fresh one: the server had closed it while the
+request was on its way (RFC 9112, section 9.3.1). There is no cap on connections, because a hidden cap is a hidden
+queue. Reading stops while more than `READ_AHEAD_BYTES` wait to be taken. `abort()` closes the connection, which is how
+vLLM learns that nobody listens any more. Times are monotonic nanoseconds.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 import time
-from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
@@ -27,6 +28,12 @@ from urllib.parse import SplitResult, urlsplit
 from wire.http1 import BadResponse, Headers, ResponseParser, encode_head
 
 READ_AHEAD_BYTES = 256 * 1024
+
+STALE_NS = 1_000_000_000
+"""A server that ends a connection later than this after a request has, for all that is known, worked on it."""
+
+_URL_TEXT = re.compile(r"(?:(?![?#@])[!-~])+")
+"""Visible ASCII, without a query, a fragment or a user, whose password would be shown."""
 
 
 class ConnectFailed(Exception):
@@ -59,11 +66,11 @@ def parse_base_url(text: str) -> BaseUrl:
         port = parts.port
     except ValueError as error:
         raise ValueError(f"{rule} ({error})") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+    host = parts.hostname
+    if parts.scheme not in ("http", "https") or not host or port == 0 or not _URL_TEXT.fullmatch(text):
         raise ValueError(rule)
     is_tls = parts.scheme == "https"
     default = 443 if is_tls else 80
-    host = parts.hostname
     shown = f"[{host}]" if ":" in host else host
     authority = shown if port in (None, default) else f"{shown}:{port}"
     return BaseUrl(text.rstrip("/"), is_tls, host, port or default, parts.path.rstrip("/").encode(), authority.encode())
@@ -72,7 +79,7 @@ def parse_base_url(text: str) -> BaseUrl:
 class _Connection(asyncio.Protocol):
     """One TCP connection. At most one exchange at a time uses it."""
 
-    __slots__ = ("_client", "_drained", "_waiter", "error", "exchange", "idle_since_ns", "is_closed", "transport")
+    __slots__ = ("_client", "_drained", "error", "exchange", "idle_since_ns", "is_closed", "transport")
 
     def __init__(self, client: HttpClient) -> None:
         self._client = client
@@ -100,8 +107,7 @@ class _Connection(asyncio.Protocol):
         self.is_closed = True
         if error is not None:
             self.error = str(error) or type(error).__name__
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
+        self.stop_draining()
         if self.exchange is not None:
             self.exchange._lost()
         else:
@@ -111,14 +117,22 @@ class _Connection(asyncio.Protocol):
         self._drained = asyncio.get_running_loop().create_future()
 
     def resume_writing(self) -> None:
+        self.stop_draining()
+
+    def write(self, data: bytes) -> None:
+        if not self.is_closed:  # uvloop raises on a transport that is
+            self.transport.write(data)
+
+    async def drain(self) -> None:
+        """Wait until the transport takes more bytes, or `stop_draining`."""
+        if self._drained is not None:
+            await self._drained
+
+    def stop_draining(self) -> None:
+        """Nobody need wait for the transport any more."""
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
         self._drained = None
-
-    async def drain(self) -> None:
-        """Wait until the transport takes more bytes."""
-        if self._drained is not None:
-            await self._drained
 
 
 class Exchange:
@@ -128,11 +142,11 @@ class Exchange:
                  "first_byte_ns", "received_ns", "sent_ns", "upload_done")  # fmt: skip
 
     def __init__(
-        self, connection: _Connection, *, is_head: bool, again: tuple[HttpClient, bytes, bool] | None = None
+        self, connection: _Connection, *, is_head: bool, again: tuple[HttpClient, bytes] | None = None
     ) -> None:
         self._parser = ResponseParser(is_head=is_head)
         self._again = again
-        """For a reused connection, what to send once more on a fresh one should it die before a byte comes back."""
+        """For a reused connection, what to send once more on a fresh one should this one turn out to be stale."""
         self._waiter: asyncio.Future[None] | None = None
         self._buffered_bytes = 0
         self._is_paused = False
@@ -166,8 +180,13 @@ class Exchange:
 
     @property
     def is_complete(self) -> bool:
-        """The whole response has arrived (and may still wait to be taken)."""
+        """The whole response has arrived (and its end may still wait to be taken)."""
         return self._parser.is_complete
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Neither the response's head nor a failure has come."""
+        return self.error is None and not self._parser.head_done
 
     @property
     def has_body(self) -> bool:
@@ -193,10 +212,11 @@ class Exchange:
         return data
 
     async def wait(self) -> None:
-        """Wait for the head, for body bytes or for the end.
+        """Wait for the head, for body bytes or for the end; now and then it returns for less.
 
-        Raises ConnectionLost when the connection ends before the response is whole, BadResponse for broken HTTP;
-        bytes that arrived before can still be taken.
+        Raises ConnectionLost when the connection ends before the response is whole, BadResponse for broken HTTP, both
+        only after the bytes that arrived before have been taken; ConnectFailed when a stale connection was to be
+        replaced.
         """
         while True:
             if self._parser.body or self._parser.is_complete:
@@ -209,18 +229,21 @@ class Exchange:
                     self._waiter = None
             if self.error is None or self._parser.body:
                 return
-            if self._again is None or self.first_byte_ns or type(self.error) is not ConnectionLost:
+            if self._again is None:
                 raise self.error
             await self._send_again(*self._again)
 
-    async def _send_again(self, client: HttpClient, data: bytes, is_head: bool) -> None:
+    async def _send_again(self, client: HttpClient, data: bytes) -> None:
         self._again = None
+        lost = self.error
         connection = await client._connect()
+        if self.error is not lost:  # aborted meanwhile
+            connection.transport.abort()
+            return
         self.error = None
-        self._parser = ResponseParser(is_head=is_head)
         self._connection = connection
         connection.exchange = self
-        connection.transport.write(data)
+        connection.write(data)
         self.sent_ns = time.monotonic_ns()
         if connection.is_closed:
             self._lost()
@@ -232,38 +255,45 @@ class Exchange:
 
     def abort(self) -> None:
         """End the exchange at once. Without effect on one that is complete."""
+        if self._parser.is_complete:
+            return
+        self._cut()
+        self._again = None
+        self._fail(ConnectionLost("aborted"))
+
+    def _cut(self) -> None:
         connection = self._connection
         if connection is not None:
             self._connection = None
             connection.exchange = None
+            connection.stop_draining()
             connection.transport.abort()
-        self._again = None
-        self._fail(ConnectionLost("aborted"))
 
     def _received(self, data: bytes) -> None:
         self.received_ns = now_ns = time.monotonic_ns()
         if not self.first_byte_ns:
             self.first_byte_ns = now_ns
+            self._again = None
         parser = self._parser
         try:
             parser.feed(data)
         except BadResponse as error:
-            connection = self._connection
-            self._connection = None
-            if connection is not None:
-                connection.exchange = None
-                connection.transport.abort()
+            self._cut()
             self._fail(error)
             return
+        if not parser.head_done:
+            return
+        connection = self._connection
+        if connection is not None and not self.upload_done:
+            connection.stop_draining()
         if parser.is_complete:
             self._release()
-        else:
+        elif parser.body:
             self._buffered_bytes += len(data)
-            if self._buffered_bytes > READ_AHEAD_BYTES and not self._is_paused and self._connection is not None:
+            if self._buffered_bytes > READ_AHEAD_BYTES and not self._is_paused and connection is not None:
                 self._is_paused = True
-                self._connection.transport.pause_reading()
-        if self._waiter is not None and not self._waiter.done() and (parser.head_done or parser.is_complete):
-            self._waiter.set_result(None)
+                connection.transport.pause_reading()
+        self._wake()
 
     def _release(self) -> None:
         connection = self._connection
@@ -286,14 +316,17 @@ class Exchange:
         connection.exchange = None
         self._parser.feed_eof()
         if self._parser.is_complete:
-            if self._waiter is not None and not self._waiter.done():
-                self._waiter.set_result(None)
-        else:
-            self._fail(ConnectionLost(connection.error))
+            self._wake()
+            return
+        if time.monotonic_ns() - self.sent_ns > STALE_NS:
+            self._again = None
+        self._fail(ConnectionLost(connection.error))
 
     def _fail(self, error: Exception) -> None:
-        if self.error is None:
-            self.error = error
+        self.error = error
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -317,7 +350,8 @@ class HttpClient:
         self._connect_timeout_s = connect_timeout_s
         self._idle_ns = int(idle_s * 1e9)
         self._tls = (tls or ssl.create_default_context()) if self.url.is_tls else None
-        self._idle: deque[_Connection] = deque()
+        self._idle: dict[_Connection, None] = {}
+        """Oldest first."""
 
     async def request(
         self,
@@ -332,7 +366,7 @@ class HttpClient:
 
         headers go out as they are, after a Host header; they must frame the body (Content-Length, or `chunked=True`
         with an iterator, for which Transfer-Encoding is added). An iterator is read on while the upstream takes it;
-        an answer that arrives first ends the upload.
+        an answer that arrives first ends the upload, at the latest with the iterator's next part.
         Raises ConnectFailed, ConnectionLost.
         """
         head = encode_head(method, self.url.prefix + target, [(b"host", self.url.authority), *headers])
@@ -344,7 +378,7 @@ class HttpClient:
         exchange = Exchange(connection, is_head=method == b"HEAD")
         exchange.upload_done = False
         exchange.sent_ns = time.monotonic_ns()
-        connection.transport.write(head)
+        connection.write(head)
         try:
             await self._upload(connection, exchange, body, chunked)
         except BaseException:
@@ -356,37 +390,41 @@ class HttpClient:
         self, connection: _Connection, exchange: Exchange, body: AsyncIterator[bytes], chunked: bool
     ) -> None:
         async for part in body:
-            if exchange.has_head or exchange.error is not None or connection.is_closed:
-                return
-            if part:
-                connection.transport.write(b"%x\r\n%b\r\n" % (len(part), part) if chunked else part)
+            if part and exchange.is_unanswered:
+                connection.write(b"%x\r\n%b\r\n" % (len(part), part) if chunked else part)
                 await connection.drain()
-        if not connection.is_closed:
+            if not exchange.is_unanswered:
+                return
+        if exchange.is_unanswered:
             if chunked:
-                connection.transport.write(b"0\r\n\r\n")
+                connection.write(b"0\r\n\r\n")
             exchange.upload_done = True
 
     async def _send(self, method: bytes, data: bytes) -> Exchange:
         is_head = method == b"HEAD"
         connection = self._take_idle()
         if connection is not None:
-            exchange = Exchange(connection, is_head=is_head, again=(self, data, is_head))
+            exchange = Exchange(connection, is_head=is_head, again=(self, data))
         else:
-            exchange = Exchange(connection := await self._connect(), is_head=is_head)
-        connection.transport.write(data)
+            connection = await self._connect()
+            exchange = Exchange(connection, is_head=is_head)
+        connection.write(data)
         exchange.sent_ns = time.monotonic_ns()
         return exchange
 
     def _take_idle(self) -> _Connection | None:
+        self._close_expired()
         while self._idle:
-            connection = self._idle.pop()
-            if connection.is_closed or connection.transport.is_closing():
-                continue
-            if time.monotonic_ns() - connection.idle_since_ns > self._idle_ns:
-                connection.transport.close()
-                continue
-            return connection
+            connection, _ = self._idle.popitem()
+            if not connection.transport.is_closing():
+                return connection
         return None
+
+    def _close_expired(self) -> None:
+        oldest_ns = time.monotonic_ns() - self._idle_ns
+        while self._idle and (connection := next(iter(self._idle))).idle_since_ns < oldest_ns:
+            del self._idle[connection]
+            connection.transport.close()
 
     async def _connect(self) -> _Connection:
         url = self.url
@@ -398,19 +436,19 @@ class HttpClient:
                 )
         except TimeoutError:
             raise ConnectFailed(f"{url.text}: no connection within {self._connect_timeout_s:g} s") from None
-        except OSError as error:
-            raise ConnectFailed(f"{url.text}: {error.strerror or error}") from None
+        except (OSError, UnicodeError) as error:  # a host that IDNA refuses is a UnicodeError
+            raise ConnectFailed(f"{url.text}: {getattr(error, 'strerror', None) or error}") from None
         return connection
 
     def _put(self, connection: _Connection) -> None:
         connection.idle_since_ns = time.monotonic_ns()
-        self._idle.append(connection)
+        self._idle[connection] = None
 
     def _forget(self, connection: _Connection) -> None:
-        if connection in self._idle:
-            self._idle.remove(connection)
+        self._idle.pop(connection, None)
 
     def close(self) -> None:
         """Close the idle connections."""
-        while self._idle:
-            self._idle.pop().transport.close()
+        for connection in self._idle:
+            connection.transport.close()
+        self._idle.clear()

@@ -55,17 +55,24 @@ class ResponseParser:
             self.is_reusable = False
             return
         if not self.head_done:
+            room = MAX_HEAD_BYTES - self._head_bytes
             self._head_bytes += len(data)
+            if len(data) > room:  # wherever the stream is cut, the same heads are refused
+                self._feed(data[:room])
+                if not self.head_done:
+                    raise BadResponse(f"response head over {MAX_HEAD_BYTES} bytes")
+                data = data[room:]
+        self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             raise BadResponse("the upstream switched protocols unasked") from None
         except httptools.HttpParserError as error:
             if not self.is_complete:
-                raise BadResponse(str(error) or type(error).__name__) from None
+                raise BadResponse(str(error.__context__ or error)) from None
             self.is_reusable = False
-        if not self.head_done and self._head_bytes > MAX_HEAD_BYTES:
-            raise BadResponse(f"response head over {MAX_HEAD_BYTES} bytes")
 
     def feed_eof(self) -> None:
         """The connection has ended; a body without a length is now whole."""
@@ -74,6 +81,11 @@ class ResponseParser:
             self.is_complete = True
 
     # llhttp's callbacks
+    def on_message_begin(self) -> None:
+        """A message after the answer was not asked for."""
+        if self.is_complete:
+            self.is_reusable = False
+
     def on_header(self, name: bytes, value: bytes) -> None:
         """Collect; what comes after the head is a trailer and is left out."""
         if not self.head_done:
@@ -81,24 +93,32 @@ class ResponseParser:
 
     def on_headers_complete(self) -> None:
         """The head is whole, unless it is an interim one."""
+        if self.head_done:
+            return
         status = self._parser.get_status_code()
         if status < 200:
+            if status < 100:
+                raise BadResponse(f"status {status:03}")
             self.headers = []
             return
         self.status = status
         self.head_done = True
-        framed = status in (204, 304) or self._is_head
-        for name, _ in self.headers:
-            if len(name) in (14, 17) and name.lower() in (b"content-length", b"transfer-encoding"):
+        framed = status in (204, 304)
+        for name, value in self.headers:
+            if len(name) == 14 and name.lower() == b"content-length":
                 framed = True
+            elif len(name) == 17 and name.lower() == b"transfer-encoding":
+                framed = value.lower().endswith(b"chunked")
         self._body_until_close = not framed
         if self._is_head:
             self.is_reusable = self._parser.should_keep_alive()
             self.is_complete = True
 
     def on_body(self, data: bytes) -> None:
-        """Collect."""
-        if not self.is_complete:
+        """Collect; after the end (of an answer to HEAD, say) it is nobody's."""
+        if self.is_complete:
+            self.is_reusable = False
+        else:
             self.body.append(data)
 
     def on_message_complete(self) -> None:

@@ -1,7 +1,8 @@
 """What burstgate reads of the OpenAI, Anthropic and vLLM wire formats; everything else passes unread.
 
 Reading is lenient on purpose: a field of an unexpected type counts as absent, because the upstream, not the gateway,
-judges requests. Nothing here raises for any bytes.
+judges requests. Nothing here raises for any bytes. What is JSON to Python only (NaN, a lone surrogate, UTF-16) counts
+as unreadable.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class _StreamOptions(msgspec.Struct, gc=False):
 class _Body(msgspec.Struct, gc=False):
     model: str | None = None
     stream: bool | None = None
-    stream_options: _StreamOptions | None = None
+    stream_options: _StreamOptions | msgspec.UnsetType | None = msgspec.UNSET
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
@@ -106,12 +107,14 @@ class _Body(msgspec.Struct, gc=False):
 
 
 _body_decoder = msgspec.json.Decoder(_Body)
-_any_decoder = msgspec.json.Decoder()
 _object_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_BOM = b"\xef\xbb\xbf"
 
 
 def read_request(body: bytes) -> RequestFacts:
     """The facts of a JSON request body; `NO_FACTS` when it is not a JSON object."""
+    if body.startswith(_BOM):
+        body = body[3:]
     try:
         fields = _body_decoder.decode(body)
     except msgspec.ValidationError:
@@ -122,15 +125,16 @@ def read_request(body: bytes) -> RequestFacts:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return NO_FACTS
     options = fields.stream_options
+    is_stream = fields.stream is True
     return RequestFacts(
         model=fields.model,
-        stream=fields.stream is True,
-        asks_usage=options is not None and options.include_usage is True,
-        has_stream_options=fields.stream is True and b'"stream_options"' in body,
+        stream=is_stream,
+        asks_usage=isinstance(options, _StreamOptions) and options.include_usage is True,
+        has_stream_options=is_stream and options is not msgspec.UNSET,
         max_tokens=_first_int(fields.max_completion_tokens, fields.max_tokens, fields.max_output_tokens),
         choices=fields.n if fields.n is not None else 1,
         session_id=_session_of(fields),
-        previous_response_id=_text(fields.previous_response_id),
+        previous_response_id=_text(_value_of(fields.previous_response_id)),
         messages=fields.messages,
         is_json=True,
     )
@@ -146,54 +150,51 @@ def _read_leniently(body: bytes) -> _Body | None:
         raw = _object_decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    kept: dict[str, Any] = {}
+    fields = _Body(stream_options=None if "stream_options" in raw else msgspec.UNSET)
     for field in msgspec.structs.fields(_Body):
         if field.name in raw:
             try:
-                kept[field.name] = msgspec.json.decode(raw[field.name], type=field.type)
-            except (msgspec.DecodeError, RecursionError):
+                setattr(fields, field.name, msgspec.json.decode(raw[field.name], type=field.type))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 continue
-    return _Body(**kept)
+    return fields
 
 
-def _text(raw: msgspec.Raw) -> str | None:
-    if not raw:
+def _value_of(raw: msgspec.Raw) -> Any:
+    """A raw field's value; None when it is absent or, which reading past it does not find out, unreadable."""
+    try:
+        return msgspec.json.decode(raw) if raw else None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    value = msgspec.json.decode(raw)
-    if isinstance(value, str) and value:
-        return value[:256]
-    return None
+
+
+def _text(value: Any) -> str | None:
+    return value[:256] if isinstance(value, str) and value else None
 
 
 def _session_of(fields: _Body) -> str | None:
-    if fields.metadata:
-        metadata = msgspec.json.decode(fields.metadata)
-        if isinstance(metadata, dict):
-            for key in ("session_id", "conversation_id", "user_session_id"):
-                value = metadata.get(key)
-                if isinstance(value, str) and value:
-                    return value[:256]
-    for raw in (fields.session_id, fields.prompt_cache_key):
-        value = _text(raw)
-        if value is not None:
-            return value
-    if fields.conversation:
-        conversation = msgspec.json.decode(fields.conversation)
-        if isinstance(conversation, dict):
-            conversation = conversation.get("id")
-        if isinstance(conversation, str) and conversation:
-            return conversation[:256]
-    return None
+    metadata = _value_of(fields.metadata)
+    if isinstance(metadata, dict):
+        for key in ("session_id", "conversation_id", "user_session_id"):
+            if (session := _text(metadata.get(key))) is not None:
+                return session
+    conversation = _value_of(fields.conversation)
+    if isinstance(conversation, dict):
+        conversation = conversation.get("id")
+    return _text(_value_of(fields.session_id)) or _text(_value_of(fields.prompt_cache_key)) or _text(conversation)
 
 
 _OPTION = b'"stream_options":{"include_usage":true}'
 
 
 def ask_for_usage(body: bytes, facts: RequestFacts) -> bytes | None:
-    """The body with `stream_options.include_usage` set, every other byte kept; None when it can not be set.
+    """The body with `stream_options.include_usage` set, every other byte kept.
 
+    body: a streaming request that does not ask for usage; facts: what `read_request` says of it.
     `continuous_usage_stats` in an option that did not ask for usage has no effect at vLLM; it is removed, so that
     asking for usage does not switch it on.
+    Returns None where it can not be set, and where the option has a value that only the upstream can judge (`1`,
+    `"true"`): its usage event may be one that the client waits for.
     """
     if not facts.has_stream_options:
         start = body.find(b"{") + 1
@@ -208,7 +209,7 @@ def ask_for_usage(body: bytes, facts: RequestFacts) -> bytes | None:
         return None
     if options is None:
         options = {}
-    if not isinstance(options, dict):
+    if not isinstance(options, dict) or options.get("include_usage") not in (None, False):
         return None
     options = {key: value for key, value in options.items() if key != "continuous_usage_stats"}
     options["include_usage"] = True
@@ -241,13 +242,28 @@ def _value_span(text: str, key: str) -> tuple[int, int] | None:
     return found
 
 
-_FORM_MODEL = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
+_FORM_NAME = re.compile(rb';[ \t]*name[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^ \t;"]+))', re.IGNORECASE)
+_TRUE = frozenset({b"true", b"1", b"on", b"yes", b"t", b"y"})
 
 
 def read_form(head: bytes) -> RequestFacts:
-    """The facts of a multipart form from its first bytes: the model, when its part lies within them."""
-    match = _FORM_MODEL.search(head)
-    return RequestFacts(model=match[1].decode("utf-8", "replace")) if match else NO_FACTS
+    """The facts of a multipart form (RFC 7578) from its first bytes: `model` and `stream`, as far as they lie there."""
+    boundary, _, rest = head.partition(b"\r\n")
+    if not boundary.startswith(b"--"):
+        return NO_FACTS
+    values: dict[bytes, bytes] = {}
+    for part in rest.split(b"\r\n" + boundary)[:-1]:
+        headers, _, value = part.partition(b"\r\n\r\n")
+        if len(value) > 256:
+            continue
+        for line in headers.split(b"\r\n"):
+            if line[:20].lower() == b"content-disposition:" and (name := _FORM_NAME.search(line, 20)):
+                values[name[1] or name[2]] = value
+    model = values.get(b"model")
+    return RequestFacts(
+        model=model.decode("utf-8", "replace") if model else None,
+        stream=values.get(b"stream", b"").lower() in _TRUE,
+    )
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
@@ -258,43 +274,57 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     cached_tokens: int | None = None
 
 
-class _Details(msgspec.Struct, gc=False):
-    cached_tokens: int | None = None
-
-
 class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     total_tokens: int | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-    input_tokens_details: _Details | None = None
+    prompt_tokens_details: Any = None
+    input_tokens_details: Any = None
     cache_read_input_tokens: int | None = None
     cache_creation_input_tokens: int | None = None
 
 
-class _Delta(msgspec.Struct, gc=False):
-    content: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[msgspec.Raw] | None = None
-    function_call: msgspec.Raw = _ABSENT
-    refusal: str | None = None
+class Delta(msgspec.Struct, gc=False):
+    """A message, or what is new of it. The values of its parts are not judged: only whether they are there counts."""
+
+    role: Any = None
+    content: Any = None
+    reasoning: Any = None
+    reasoning_content: Any = None
+    refusal: Any = None
+    tool_calls: Any = None
+    function_call: Any = None
+    type: Any = None
+    """In Anthropic's events."""
+    stop_reason: str | None = None
+    """In Anthropic's message_delta."""
 
 
-class _Choice(msgspec.Struct, gc=False):
+class Choice(msgspec.Struct, gc=False):
+    """One of the answers to a request, or what is new of it."""
+
     index: int = 0
-    delta: _Delta | None = None
-    message: _Delta | None = None
-    text: str | None = None
+    delta: Delta | None = None
+    message: Delta | None = None
+    text: Any = None
     finish_reason: str | None = None
 
+    @property
+    def has_output(self) -> bool:
+        """Something was generated.
 
-class _Error(msgspec.Struct, gc=False):
-    type: str | None = None
-    code: int | str | None = None
-    message: str | None = None
+        Be it an empty text: vLLM sends one for a token that shows nothing yet. Beside a role it only opens the message.
+        """
+        delta = self.delta
+        if delta is None:
+            return self.text is not None
+        if delta.content or delta.reasoning or delta.reasoning_content or delta.tool_calls or delta.refusal:
+            return True
+        if delta.role is None:
+            return delta.content is not None or delta.reasoning is not None or delta.reasoning_content is not None
+        return bool(delta.function_call)
 
 
 class Payload(msgspec.Struct, gc=False):
@@ -304,43 +334,22 @@ class Payload(msgspec.Struct, gc=False):
     type: str | None = None
     object: str | None = None
     model: str | None = None
-    choices: list[_Choice] | None = None
+    choices: list[Choice] | None = None
     usage: _Usage | None = None
-    error: _Error | str | None = None
+    error: Any = None
+    code: Any = None
     status: str | None = None
     stop_reason: str | None = None
     response: Payload | None = None
     """In events of the Responses API."""
     message: Payload | None = None
     """In Anthropic's message_start."""
-    delta: _AnyDelta | str | None = None
+    delta: Delta | str | None = None
     """At the top level in Anthropic's and the Responses API's events."""
 
 
-class _AnyDelta(msgspec.Struct, gc=False):
-    """Anthropic's message_delta carries the stop reason here."""
-
-    stop_reason: str | None = None
-
-
-class _BarePayload(msgspec.Struct, gc=False):
-    id: msgspec.Raw = _ABSENT
-    type: msgspec.Raw = _ABSENT
-    object: msgspec.Raw = _ABSENT
-    model: msgspec.Raw = _ABSENT
-    choices: msgspec.Raw = _ABSENT
-    usage: msgspec.Raw = _ABSENT
-    error: msgspec.Raw = _ABSENT
-    status: msgspec.Raw = _ABSENT
-    stop_reason: msgspec.Raw = _ABSENT
-    response: msgspec.Raw = _ABSENT
-    message: msgspec.Raw = _ABSENT
-    delta: msgspec.Raw = _ABSENT
-
-
 _payload_decoder = msgspec.json.Decoder(Payload)
-_bare_decoder = msgspec.json.Decoder(_BarePayload)
-_PAYLOAD_TYPES = {field.name: field.type for field in msgspec.structs.fields(Payload)}
+_PAYLOAD_FIELDS = msgspec.structs.fields(Payload)
 
 
 def read_payload(data: bytes) -> Payload | None:
@@ -352,47 +361,58 @@ def read_payload(data: bytes) -> Payload | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     try:
-        bare = _bare_decoder.decode(data)
+        raw = _object_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    kept: dict[str, Any] = {}
-    for name, kind in _PAYLOAD_TYPES.items():
-        raw = getattr(bare, name)
-        if raw:
+    payload = Payload()
+    for field in _PAYLOAD_FIELDS:
+        if field.name in raw:
             try:
-                kept[name] = msgspec.json.decode(raw, type=kind)
-            except (msgspec.DecodeError, RecursionError):
+                setattr(payload, field.name, msgspec.json.decode(raw[field.name], type=field.type))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 continue
-    return Payload(**kept)
+    return payload
 
 
-def usage_of(usage: _Usage, family: Family) -> Usage:
-    """The counts of a usage object under any of the families' names.
+def usage_of(payload: Payload, family: Family) -> Usage | None:
+    """The counts that an answer or event reports, under any of the families' names; None when it reports none.
 
-    Anthropic's `input_tokens` leaves out what was read from or written to the cache; those are added.
+    Anthropic's `input_tokens` leaves out what was read from or written to the cache; those are added. Audio may be
+    billed by the second: that is no count of tokens.
     """
+    usage = payload.usage
+    if usage is None:
+        return None
     request = usage.prompt_tokens if usage.prompt_tokens is not None else usage.input_tokens
     response = usage.completion_tokens if usage.completion_tokens is not None else usage.output_tokens
     details = usage.prompt_tokens_details or usage.input_tokens_details
-    cached = details.cached_tokens if details is not None else None
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
     if family is Family.MESSAGES:
         cached = usage.cache_read_input_tokens
         if request is not None:
             request += (usage.cache_read_input_tokens or 0) + (usage.cache_creation_input_tokens or 0)
     if family in POOLING_FAMILIES:
         request = request if request is not None else usage.total_tokens
-        response = response or 0
-    return Usage(request, response, cached)
+        response = response or 0 if request is not None else None
+    if request is None and response is None:
+        return None
+    return Usage(request, response, cached if isinstance(cached, int) else None)
 
 
 def error_type_of(payload: Payload) -> str | None:
-    """The error's own type, under OpenAI's envelope or vLLM's older flat one."""
-    if isinstance(payload.error, str):
-        return "error"
-    if payload.error is not None:
-        if payload.error.type is not None:
-            return payload.error.type[:128]
-        return None if payload.error.code is None else str(payload.error.code)[:128]
-    if payload.object == "error":
-        return (payload.type or "error")[:128]
-    return None
+    """The error's own type or code, `error` when it names neither; None for what is no error.
+
+    OpenAI's and Anthropic's envelope is `{"error": {...}}`, vLLM's older flat one `{"object": "error", ...}`, the
+    Responses API's event `{"type": "error", ...}`.
+    """
+    error = payload.error
+    kinds: tuple[Any, ...]
+    if error:
+        kinds = (error.get("type"), error.get("code")) if isinstance(error, dict) else ()
+    elif payload.object == "error":
+        kinds = (payload.type, payload.code)
+    elif payload.type == "error":
+        kinds = (payload.code,)
+    else:
+        return None
+    return next((str(kind)[:128] for kind in kinds if isinstance(kind, str | int) and kind), "error")

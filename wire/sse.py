@@ -20,54 +20,53 @@ _LINE_END = re.compile(rb"\r\n|\n|\r")
 class SseSplitter:
     """Cuts a byte stream into event blocks."""
 
-    __slots__ = ("_rest",)
+    __slots__ = ("rest",)
 
     def __init__(self) -> None:
-        self._rest = b""
+        self.rest = bytearray()
+        """The beginning of a block whose end has not come yet."""
 
     def feed(self, data: bytes) -> list[bytes]:
         """The blocks that `data` completes, in order; what is left waits for more."""
-        if self._rest:
-            data = self._rest + data
-        if b"\r" in data:
-            return self._feed_any(data)
-        blocks = data.split(b"\n\n")
-        self._rest = blocks.pop()
-        if len(self._rest) > MAX_BLOCK_BYTES:
-            blocks.append(self._rest)
-            self._rest = b""
-            return [block + b"\n\n" for block in blocks[:-1]] + blocks[-1:]
-        return [block + b"\n\n" for block in blocks]
+        rest = self.rest
+        if rest or b"\r" in data:
+            blocks = self._feed_any(data)
+        else:
+            blocks = data.split(b"\n\n")
+            rest += blocks.pop()
+            blocks = [block + b"\n\n" for block in blocks]
+        if len(rest) > MAX_BLOCK_BYTES:
+            blocks.append(self.eof())
+        return blocks
 
     def _feed_any(self, data: bytes) -> list[bytes]:
+        rest = self.rest
+        seam = max(len(rest) - 3, 0)  # an end has at most 4 bytes; what lies before was searched when it came
+        rest += data
         blocks = []
         start = 0
-        for match in _BLOCK_END.finditer(data):
+        for match in _BLOCK_END.finditer(rest, seam):
             end = match.end()
-            if end == len(data) and data[-1] == 0x0D:
+            if end == len(rest) and rest[-1] == 0x0D:
                 break
-            blocks.append(data[start:end])
+            blocks.append(bytes(rest[start:end]))
             start = end
-        self._rest = data[start:]
-        if len(self._rest) > MAX_BLOCK_BYTES:
-            blocks.append(self._rest)
-            self._rest = b""
+        del rest[:start]
         return blocks
 
     def eof(self) -> bytes:
         """What is left when the stream has ended: an event without its blank line, or nothing."""
-        rest, self._rest = self._rest, b""
+        rest = bytes(self.rest)
+        self.rest.clear()
         return rest
 
 
 def event_data(block: bytes) -> bytes:
-    """The payload of a block: its `data` lines joined by LF; empty when it has none (a comment, a bare `event:`)."""
-    if (
-        block.startswith(b"data: ")
-        and block.endswith(b"\n\n")
-        and block.find(b"\n") == len(block) - 2
-        and b"\r" not in block
-    ):
+    """The payload of a block: its `data` lines joined by LF; empty when it has none (a comment, a bare `event:`).
+
+    A byte order mark at the start of a stream is not looked for.
+    """
+    if block.startswith(b"data: ") and block.find(b"\n") == len(block) - 2 and b"\r" not in block:
         return block[6:-2]
     lines = []
     for line in _LINE_END.split(block):

@@ -92,6 +92,21 @@ async def fetch(url: str, ask: Ask) -> Answer:
         writer.transport.abort()
 
 
+async def send_request(url: str, ask: Ask, *, cut_bytes: int = 0) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection on which the request has been sent, but for its last `cut_bytes`."""
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    data = ask.encode(parts.netloc)
+    writer.write(data[: len(data) - cut_bytes])
+    await writer.drain()
+    return reader, writer
+
+
+def p99_s(answers: Sequence[Answer]) -> float:
+    """The 99th percentile of how long the answers took."""
+    return sorted(answer.elapsed_s for answer in answers)[len(answers) * 99 // 100]
+
+
 class Load:
     """Clients that ask one request after another, streaming and plain by turns; `answers` holds all that came of it."""
 
