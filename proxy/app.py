@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import resource
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.errors import GatewayError, error_body
@@ -26,6 +28,8 @@ from proxy.settings import Settings
 from proxy.telemetry import WORKER_COUNTERS, WorkerMetrics
 from proxy.upstream import Fleet, Upstream
 from storage.journal import JournalWriter
+
+log = logging.getLogger("burstgate.gateway")
 
 CLIENT_KEEP_ALIVE_S = 75
 """Longer than the idle timeouts of common load balancers and SDKs, so that they close first."""
@@ -40,8 +44,6 @@ class GatewayApp(FastAPI):
     """
 
     gateway: Gateway
-    failure: OSError | ValueError | None = None
-    """What kept it from starting."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry."""
@@ -82,7 +84,7 @@ def build_app(settings: Settings) -> GatewayApp:
         try:
             gateway = build_gateway(settings)
         except (OSError, ValueError) as error:
-            app.failure = error
+            log.critical("can not start: %s", error)  # uvicorn would keep the reason to itself
             raise
         app.gateway = gateway
         async with asyncio.TaskGroup() as tasks:
@@ -105,11 +107,24 @@ async def _maintain(gateway: Gateway) -> None:
     next_upkeep_s = 0.0
     while True:
         await asyncio.sleep(interval_s)
-        await asyncio.to_thread(journal.sync)
-        if time.monotonic() >= next_upkeep_s:
-            next_upkeep_s = time.monotonic() + MAINTENANCE_S
-            journal.retry_unwritten()
-            await asyncio.to_thread(journal.refresh_budget)
+        try:
+            await asyncio.to_thread(journal.sync)
+            if time.monotonic() >= next_upkeep_s:
+                next_upkeep_s = time.monotonic() + MAINTENANCE_S
+                journal.retry_unwritten()
+                await asyncio.to_thread(journal.refresh_budget)
+        except OSError as error:  # again in a while: a worker without upkeep would lose what a power cut takes
+            log.error("the journal could not be looked after: %s", error)
+
+
+class _UnchunkedCycle(RequestResponseCycle):
+    """uvicorn's side of one HTTP/1.0 request: no transfer coding (RFC 9112, section 6.1), the end closes."""
+
+    async def send(self, message: Any) -> None:
+        """As uvicorn's, with each piece as long as it is."""
+        self.chunked_encoding = False
+        self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
 
 
 class GatewayProtocol(HttpToolsProtocol):
@@ -120,13 +135,14 @@ class GatewayProtocol(HttpToolsProtocol):
     _piece_bytes = 0
     _is_in_head = False
     _refusal: GatewayError | None = None
+    _running: RequestResponseCycle | None = None
 
     def data_received(self, data: bytes) -> None:
         """Refuse a head that does not end within the limit."""
         self._piece_bytes = len(data)
         super().data_received(data)
         if self._is_in_head:
-            self._head_bytes += len(data)
+            self._head_bytes += self._piece_bytes
             if self._head_bytes > self.limit_bytes and not self.transport.is_closing():
                 self._refuse_head()
                 self.send_400_response("")
@@ -146,6 +162,26 @@ class GatewayProtocol(HttpToolsProtocol):
                 self._refuse_head()
                 raise ValueError("request head too large")
         super().on_headers_complete()
+        if self.url.endswith(b"?") and not self.scope["query_string"]:
+            self.scope["raw_path"] += b"?"  # an empty query, which ASGI can not tell from none
+        if self.scope["http_version"] == "1.0":
+            self.cycle.__class__ = _UnchunkedCycle
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the request that runs, too, and not only the newest of a pipeline."""
+        if self._running is not None and self._running is not self.cycle:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+    def on_message_complete(self) -> None:
+        """What lies before the next head does not count as one."""
+        self._piece_bytes = 0
+        super().on_message_complete()
 
     def _refuse_head(self) -> None:
         self._refusal = GatewayError(
@@ -195,8 +231,7 @@ def run_worker(task: ChildTask) -> None:
     """Serve until told to stop."""
     raise_descriptor_limit()
     settings = task.settings
-    app = build_app(settings)
-    server = uvicorn.Server(server_config(app, settings))
+    server = uvicorn.Server(server_config(build_app(settings), settings))
 
     def stop() -> None:
         server.should_exit = True
@@ -204,8 +239,8 @@ def run_worker(task: ChildTask) -> None:
     watch_parent(stop)
     task.tell_ready_when(lambda: server.started)
     server.run(sockets=[socket.socket(fileno=task.socket_fd)])
-    if not server.started:  # uvicorn keeps the reason to itself
-        raise OSError(f"the worker did not start: {app.failure}")
+    if not server.started:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

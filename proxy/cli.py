@@ -273,7 +273,7 @@ def _known_format(format: str | None) -> None:
 
 def _known_timezone(timezone: str | None) -> None:
     try:
-        zoneinfo.ZoneInfo(timezone or "UTC")
+        zoneinfo.ZoneInfo("UTC" if timezone is None else timezone)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         raise ConfigError(f"--timezone: expected an IANA time zone, got {timezone!r}") from None
 

@@ -46,12 +46,12 @@ class _Balances:
     async def keep(self) -> None:
         """Take them again and again."""
         while True:
-            if directory_bytes(self._settings.journal_dir) <= MAX_READ_BYTES:
-                try:
+            try:
+                if directory_bytes(self._settings.journal_dir) <= MAX_READ_BYTES:
                     self.latest = await asyncio.to_thread(balance_of, self._settings)
                     self.is_database_up = True
-                except (DatabaseUnavailable, DatabaseUrlError, OSError):
-                    self.is_database_up = False
+            except (DatabaseUnavailable, DatabaseUrlError, OSError):
+                self.is_database_up = False
             await asyncio.sleep(BALANCE_AGE_S)
 
 

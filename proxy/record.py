@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from types import FrameType
 
 from proxy.child import ChildTask, run_child, watch_parent
@@ -16,6 +17,9 @@ from storage.recorder import Recorder
 from storage.sink import Sink, SinkUnavailable, open_sink
 
 log = logging.getLogger("burstgate.recorder")
+
+PREDECESSOR_S = 5.0
+"""How long it waits for the recorder of a supervisor that was killed to finish its last batch and go."""
 
 
 def _open(settings: Settings) -> Sink:
@@ -32,14 +36,21 @@ def _one_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def open_recorder(settings: Settings) -> Recorder:
-    """A recorder that holds its data directory. Raises ConfigError when another does, OSError."""
+def open_recorder(settings: Settings, *, wait_s: float = 0.0) -> Recorder:
+    """A recorder that holds its data directory. Raises ConfigError when another does after `wait_s`, OSError."""
     recorder = Recorder(settings.journal_dir, lambda: _open(settings))
-    try:
-        recorder.acquire()
-    except BlockingIOError:
-        raise ConfigError(f"{settings.journal_dir}: another recorder is at work on this data directory") from None
-    return recorder
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        try:
+            recorder.acquire()
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                raise ConfigError(
+                    f"{settings.journal_dir}: another recorder is at work on this data directory"
+                ) from None
+            time.sleep(0.1)
+        else:
+            return recorder
 
 
 def run_recorder(recorder: Recorder) -> None:
@@ -49,6 +60,8 @@ def run_recorder(recorder: Recorder) -> None:
         recorder.stop()
 
     signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under a supervisor
+        signal.signal(signal.SIGINT, stop)
     try:
         recorder.run()
     finally:
@@ -57,7 +70,7 @@ def run_recorder(recorder: Recorder) -> None:
 
 def run_supervised(task: ChildTask) -> None:
     """Record until told to stop."""
-    recorder = open_recorder(task.settings)
+    recorder = open_recorder(task.settings, wait_s=PREDECESSOR_S)
     watch_parent(recorder.stop)
     task.tell_ready()
     run_recorder(recorder)

@@ -36,6 +36,8 @@ def listen(host: str, port: int, *, shares: int, setting: str) -> list[socket.so
         )[0]
     except OSError as error:
         raise ConfigError(f"{setting}: {host}: {error.strerror}") from None
+    except UnicodeError:  # a label too long for a name
+        raise ConfigError(f"{setting}: {host!r}: not a host name") from None
     sockets: list[socket.socket] = []
     try:
         # A first bind without SO_REUSEPORT: with it, another gateway's port would be shared without a word.
@@ -136,9 +138,13 @@ class Supervisor:
         """
         settings = self._settings
         gateways = listen(settings.host, settings.port, shares=settings.workers, setting="port")
-        self._sockets = gateways
-        control = listen(settings.control_host, settings.control_port, shares=1, setting="control_port")
-        self._sockets = [*gateways, *control]
+        self._sockets += gateways
+        try:
+            control = listen(settings.control_host, settings.control_port, shares=1, setting="control_port")
+        except ConfigError:
+            self.stop()
+            raise
+        self._sockets += control
         self._workers = [Child(f"worker {index}", "proxy.app", settings, sock) for index, sock in enumerate(gateways)]
         self._control = Child("control plane", "proxy.control", settings, control[0])
         for child in self._children():

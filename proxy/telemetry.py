@@ -20,8 +20,7 @@ from prometheus_client.core import (
 )
 
 from storage.counters import read_counters
-from storage.journal import JOURNAL_COUNTERS, RETIRED
-from storage.recorder import writer_directories
+from storage.journal import JOURNAL_COUNTERS, RETIRED, is_writer_alive, list_directory, writer_directories
 from traces.record import Outcome
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -111,15 +110,25 @@ GAUGES = frozenset({"in_flight", "journal_unwritten"})
 def sum_counters(journal: Path) -> dict[str, int]:
     """Every slot summed over all writers; gauges over the living ones only."""
     total: dict[str, int] = {}
-    living = [directory / "counters" for directory in writer_directories(journal)]
-    for path in (*living, *(journal / RETIRED).glob("*.counters")):
+    seen: set[str] = set()
+
+    def add(writer: str, path: Path, *, is_alive: bool) -> None:
+        if writer in seen:
+            return
         try:
             values = read_counters(path)
         except (OSError, ValueError):
-            continue
+            return
+        seen.add(writer)
         for name, value in values.items():
-            if name not in GAUGES or path.name == "counters":
+            if is_alive or name not in GAUGES:
                 total[name] = total.get(name, 0) + value
+
+    # The retired ones are looked for last: a writer that retires meanwhile is found there, and counted once.
+    for directory in writer_directories(journal):
+        add(directory.name, directory / "counters", is_alive=is_writer_alive(directory))
+    for path in list_directory(journal / RETIRED):
+        add(path.name.removesuffix(".counters"), path, is_alive=False)
     return total
 
 

@@ -15,7 +15,10 @@ from proxy.settings import TimeoutSettings
 class Watched(Protocol):
     """What is watched: one request."""
 
-    receive: Callable[[], Awaitable[MutableMapping[str, Any]]]
+    @property
+    def receive(self) -> Callable[[], Awaitable[MutableMapping[str, Any]]]:
+        """Its ASGI `receive`."""
+        ...
 
     def left(self) -> None:
         """Its client has left."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage.counters import read_counters
-from storage.journal import RETIRED
-from storage.recorder import JournalCorrupt, SegmentReader, is_writer_alive, writer_directories
+from storage.journal import RETIRED, is_writer_alive, writer_directories
+from storage.recorder import JournalCorrupt, SegmentReader
 from storage.sink import Sink, WriterRow
 
 _PIECE = 20_000

@@ -29,6 +29,7 @@ import fcntl
 import os
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -131,6 +132,29 @@ def list_directory(path: Path) -> list[Path]:
         return []
 
 
+def writer_directories(journal: Path) -> Iterator[Path]:
+    """The directories of all writers, oldest first."""
+    for path in sorted(list_directory(journal)):
+        if path.is_dir() and path.name != RETIRED and not path.name.startswith("."):
+            yield path
+
+
+def is_writer_alive(directory: Path) -> bool:
+    """Whether the writer's process still holds its lock."""
+    try:
+        descriptor = os.open(directory / "lock", os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(descriptor)
+
+
 class JournalWriter:
     """One process's journal. All methods but `sync` are for one thread; none blocks on anything but write(2).
 
@@ -230,10 +254,10 @@ class JournalWriter:
             self._needs_segment = True
 
     def _rotate(self) -> bool:
+        """Go on in a new segment; False where none can be made, and the present one must do."""
         try:
             self._start_segment()
         except OSError:
-            self._needs_segment = True
             return False
         self._needs_segment = False
         return True
@@ -299,7 +323,9 @@ class JournalWriter:
         return len(self._open)
 
     def close(self) -> None:
-        """Sync and let go of the lock: the recorder may finish this writer."""
+        """Sync and let go of the lock: the recorder may finish this writer. Again is without effect."""
+        if self._fd < 0:
+            return
         self.retry_unwritten()
         self.sync()
         os.close(self._fd)

@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,16 @@ import msgspec
 
 from storage.counters import read_counters
 from storage.frame import HEAD_BYTES, MAX_PAYLOAD_BYTES, decode_frames, find_frame
-from storage.journal import RETIRED, SEGMENT_SUFFIX, Begun, Header, crash_record, list_directory
+from storage.journal import (
+    RETIRED,
+    SEGMENT_SUFFIX,
+    Begun,
+    Header,
+    crash_record,
+    is_writer_alive,
+    list_directory,
+    writer_directories,
+)
 from storage.sink import SegmentProgress, Sink, SinkUnavailable, WriterTotals
 from traces.record import TraceRecord
 
@@ -55,29 +64,6 @@ def open_segments(directory: Path) -> list[int]:
             with contextlib.suppress(ValueError):
                 numbers.append(int(path.name.removesuffix(SEGMENT_SUFFIX)))
     return sorted(numbers)
-
-
-def writer_directories(journal: Path) -> Iterator[Path]:
-    """The directories of all writers, oldest first."""
-    for path in sorted(list_directory(journal)):
-        if path.is_dir() and path.name != RETIRED and not path.name.startswith("."):
-            yield path
-
-
-def is_writer_alive(directory: Path) -> bool:
-    """Whether the writer's process still holds its lock."""
-    try:
-        descriptor = os.open(directory / "lock", os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(slots=True)
@@ -238,8 +224,13 @@ class Recorder:
     def acquire(self) -> None:
         """Take the recorder's lock. Raises BlockingIOError when another recorder holds it, OSError when unwritable."""
         self._journal.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = os.open(self._journal / "recorder.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(self._journal / "recorder.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise
+        self._lock = descriptor
 
     def stop(self) -> None:
         """Ask `run` to return once everything readable is in the database, or the database is away."""

@@ -60,7 +60,8 @@ class BaseUrl:
 
 def parse_base_url(text: str) -> BaseUrl:
     """Raises ValueError with one line naming the URL and the rule."""
-    rule = f"upstream URL {text!r}: expected http://HOST[:PORT][/PREFIX] or https://..."
+    shown = re.sub(r"//[^/]*@", "//***@", text)
+    rule = f"upstream URL {shown!r}: expected http://HOST[:PORT][/PREFIX] or https://..."
     try:
         parts: SplitResult = urlsplit(text)
         port = parts.port
@@ -71,8 +72,9 @@ def parse_base_url(text: str) -> BaseUrl:
         raise ValueError(rule)
     is_tls = parts.scheme == "https"
     default = 443 if is_tls else 80
-    shown = f"[{host}]" if ":" in host else host
-    authority = shown if port in (None, default) else f"{shown}:{port}"
+    authority = f"[{host}]" if ":" in host else host
+    if port not in (None, default):
+        authority += f":{port}"
     return BaseUrl(text.rstrip("/"), is_tls, host, port or default, parts.path.rstrip("/").encode(), authority.encode())
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 
 from storage.counters import read_counters
+from storage.journal import is_writer_alive, writer_directories
 from storage.query import Filter
-from storage.recorder import is_writer_alive, writer_directories
 from tests.e2e.harness import Installation, Simulator, wait_until
 from tests.e2e.load import MODEL, Answer, Ask, Load, assert_recorded, fetch, raise_descriptor_limit, send_request
 from traces.record import LogType, Outcome, TokenSource

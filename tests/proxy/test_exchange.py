@@ -821,7 +821,7 @@ async def test_client_that_leaves_early_is_noticed_within_two_ticks(tmp_path: Pa
         client.has_left.set()
         start_s = time.monotonic()
         await request
-        assert time.monotonic() - start_s < 0.1
+        assert time.monotonic() - start_s < 0.25
         assert bench.record().outcome is Outcome.CLIENT_GONE
 
 
