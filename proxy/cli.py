@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -9,7 +10,7 @@ import sys
 import zoneinfo
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 import sqlalchemy as sa
@@ -132,20 +133,26 @@ def config_check(config: Config = None) -> None:
     print("ok")
 
 
-def _engine(
-    config: Path | None, data_dir: Path | None, database_url: str | None, *, upgraded: bool = False
-) -> sa.Engine:
+@contextlib.contextmanager
+def _database(
+    config: Path | None, data_dir: Path | None, database_url: str | None, *, revision: str | None = None
+) -> Iterator[sa.Engine]:
+    """The configured database, closed at the end; with a revision it is made where it is missing, and upgraded."""
     from storage.engine import open_engine, upgrade
 
     settings = _load(config, data_dir=data_dir, database_url=database_url).settings
-    if settings.database_url is None and not upgraded and not (settings.data_dir / "burstgate.db").exists():
-        raise ConfigError(f"{settings.data_dir}: no burstgate.db there (set --data-dir or --database-url)")
-    if settings.database_url is None and upgraded:
-        _prepare_data_dir(settings)
+    if settings.database_url is None:
+        if revision is not None:
+            _prepare_data_dir(settings)
+        elif not (settings.data_dir / "burstgate.db").exists():
+            raise ConfigError(f"{settings.data_dir}: no burstgate.db there (set --data-dir or --database-url)")
     engine = open_engine(settings.database)
-    if upgraded:
-        upgrade(engine)
-    return engine
+    try:
+        if revision is not None:
+            upgrade(engine, revision)
+        yield engine
+    finally:
+        engine.dispose()
 
 
 @db_app.command("upgrade")
@@ -156,14 +163,10 @@ def db_upgrade(
     config: Config = None,
 ) -> None:
     """Bring the schema up to REVISION."""
-    from storage import engine as engines
+    from storage.engine import current
 
-    settings = _load(config, data_dir=data_dir, database_url=database_url).settings
-    if settings.database_url is None:
-        _prepare_data_dir(settings)
-    engine = engines.open_engine(settings.database)
-    engines.upgrade(engine, revision)
-    print(engines.current(engine) or "(no schema)")
+    with _database(config, data_dir, database_url, revision=revision) as engine:
+        print(current(engine) or "(no schema)")
 
 
 @db_app.command("downgrade")
@@ -171,19 +174,20 @@ def db_downgrade(
     revision: str, data_dir: DataDir = None, database_url: DatabaseUrl = None, config: Config = None
 ) -> None:
     """Take the schema back to REVISION; `base` drops the tables with all rows."""
-    from storage import engine as engines
+    from storage.engine import current, downgrade
 
-    engine = _engine(config, data_dir, database_url)
-    engines.downgrade(engine, revision)
-    print(engines.current(engine) or "(no schema)")
+    with _database(config, data_dir, database_url) as engine:
+        downgrade(engine, revision)
+        print(current(engine) or "(no schema)")
 
 
 @db_app.command("current")
 def db_current(data_dir: DataDir = None, database_url: DatabaseUrl = None, config: Config = None) -> None:
     """Print the schema's revision."""
-    from storage import engine as engines
+    from storage.engine import current
 
-    print(engines.current(_engine(config, data_dir, database_url)) or "(no schema)")
+    with _database(config, data_dir, database_url) as engine:
+        print(current(engine) or "(no schema)")
 
 
 @app.command()
@@ -311,16 +315,17 @@ def export(
         model, session, outcome, origin, log_type, run_id,
         _stamp(start, timezone, "--from"), _stamp(end, timezone, "--to"),
     )  # fmt: skip
-    report = exports.export(
-        _engine(config, data_dir, database_url),
-        output,
-        selection,
-        format=format,
-        day_zero=day_zero.date() if day_zero is not None else None,
-        timezone=timezone,
-        failures="drop" if failures == "drop" else "keep",
-        stamps=None if stamps is None else ("int" if stamps == "int" else "float"),
-    )
+    with _database(config, data_dir, database_url) as engine:
+        report = exports.export(
+            engine,
+            output,
+            selection,
+            format=format,
+            day_zero=day_zero.date() if day_zero is not None else None,
+            timezone=timezone,
+            failures="drop" if failures == "drop" else "keep",
+            stamps=None if stamps is None else ("int" if stamps == "int" else "float"),
+        )
     dropped = "".join(f", {n:,} dropped: {reason}" for reason, n in report.dropped.items())
     notes = "".join(f", {n:,} with {note}" for note, n in report.notes.items())
     print(
@@ -346,8 +351,8 @@ def import_(
     _known_format(format)
     _known_timezone(timezone)
     clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone)
-    engine = _engine(config, data_dir, database_url, upgraded=True)
-    report = import_trace(engine, trace, dataset=dataset, format=format, clock=clock)
+    with _database(config, data_dir, database_url, revision="head") as engine:
+        report = import_trace(engine, trace, dataset=dataset, format=format, clock=clock)
     name = f" as data set {report.dataset}" if report.dataset else ""
     print(
         f"{trace}: {report.rows_read:,} rows read ({report.format}), {report.rows_inserted:,} inserted,"
@@ -375,8 +380,7 @@ def stats(
     config: Config = None,
 ) -> None:
     """Requests, rates, tokens and failures of a trace file or of the database."""
-    import polars as pl
-
+    from storage.query import matching, read_batches
     from traces.codec import read_trace
     from traces.summary import render, summarize
 
@@ -386,16 +390,11 @@ def stats(
         model, session, outcome, origin, log_type, run_id,
         _stamp(start, timezone, "--from"), _stamp(end, timezone, "--to"),
     )  # fmt: skip
-    batches: Iterator[pl.DataFrame]
     if trace is not None:
-        from storage.query import matching
-
-        batches = (matching(batch, selection) for batch in read_trace(trace, format=format))
+        summary = summarize(matching(batch, selection) for batch in read_trace(trace, format=format))
     else:
-        from storage.query import read_batches
-
-        batches = read_batches(_engine(config, data_dir, database_url), selection)
-    summary = summarize(batches)
+        with _database(config, data_dir, database_url) as engine:
+            summary = summarize(read_batches(engine, selection))
     if json:
         print(msgspec.json.encode(summary).decode())
     else:
@@ -484,7 +483,6 @@ EXPECTED = (
 """Errors whose text is for the user."""
 
 _USAGE: tuple[type[Exception], ...] = (ConfigError, DatabaseUrlError)
-Ties = Literal["spread", "keep"]
 
 
 # Newer typers carry their own copy of click, and name few of its classes; this base is the same in either.
@@ -504,7 +502,7 @@ def main() -> None:
     from replay.runner import ReplayError
 
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="burstgate", standalone_mode=False)
     except _WrongCall as error:
         if line := _wrong_call(error):
             print(line, file=sys.stderr)

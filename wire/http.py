@@ -303,12 +303,13 @@ class Exchange:
             return
         self._connection = None
         connection.exchange = None
-        if self._parser.is_reusable and self.upload_done and not connection.is_closed:
-            if self._is_paused:
-                connection.transport.resume_reading()
+        transport = connection.transport
+        if not self.upload_done or transport.get_write_buffer_size():
+            transport.abort()  # an early answer: the rest of the request is nobody's any more
+        elif self._parser.is_reusable:
             connection._client._put(connection)
         else:
-            connection.transport.close()
+            transport.close()
 
     def _lost(self) -> None:
         connection = self._connection

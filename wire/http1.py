@@ -52,7 +52,7 @@ class ResponseParser:
     def feed(self, data: bytes) -> None:
         """Raises BadResponse; bytes after the end of the response make the connection unusable, not the response."""
         if self.is_complete:
-            self.is_reusable = False
+            self.is_reusable = self.is_reusable and not data
             return
         if not self.head_done:
             room = MAX_HEAD_BYTES - self._head_bytes
@@ -87,9 +87,9 @@ class ResponseParser:
             self.is_reusable = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Collect; what comes after the head is a trailer and is left out."""
+        """Collect, without the white space that llhttp leaves; what comes after the head is a trailer, and left out."""
         if not self.head_done:
-            self.headers.append((name, value))
+            self.headers.append((name, value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         """The head is whole, unless it is an interim one."""
@@ -124,5 +124,5 @@ class ResponseParser:
     def on_message_complete(self) -> None:
         """Interim responses complete too; only the final one counts."""
         if self.head_done and not self.is_complete:
-            self.is_reusable = self._parser.should_keep_alive() and not self._body_until_close
+            self.is_reusable = self._parser.should_keep_alive()
             self.is_complete = True

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.gateway.install import BENCH, environment, say
+from benchmarks.gateway.install import BENCH, environment, run_quietly, say
 from benchmarks.gateway.measure import (
     DIRECT,
     RATES,
@@ -27,7 +26,7 @@ from benchmarks.gateway.measure import (
     measure_workers,
     open_bench,
 )
-from benchmarks.gateway.processes import BenchError, Cores
+from benchmarks.gateway.processes import BenchError
 from benchmarks.gateway.report import FIGURES, Results, Sample, tables, write_samples
 from benchmarks.gateway.rivals import RIVALS
 
@@ -64,7 +63,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help=f"comma-separated, of {', '.join(gateways)} (default: all)",
     )
     parser.add_argument("--repeats", type=int, default=3, help="of each rate and latency (default: 3)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each load (default: 5)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each load (default: 4)")
     parser.add_argument("--streams", type=int, default=2000, help="idle-ish streams at once (default: 2000)")
     parser.add_argument("--out", type=Path, default=BENCH / "results", help="folder (default: .bench/results)")
     options = parser.parse_args(argv)
@@ -95,18 +94,14 @@ def measure(bench: Bench, options: argparse.Namespace, results: Results) -> Iter
             yield "workers", workers
 
 
-def publish(results: Results, cores: Cores, folder: Path) -> None:
-    """Write the files, print the table."""
-    if not results.by_figure:
-        return
+def publish(results: Results, text: str, folder: Path) -> None:
+    """Write a CSV for each figure, the table and the picture."""
     folder.mkdir(parents=True, exist_ok=True)
     for figure, samples in results.by_figure.items():
         write_samples(folder, figure, samples)
-    text = tables(results, cores)
     (folder / "table.md").write_text(text, encoding="utf-8")
-    print(text)
     draw = Path(__file__).with_name("draw.py")
-    subprocess.run([str(environment("plot") / "python"), str(draw), str(folder)], check=True)
+    run_quietly([str(environment("plot") / "python"), str(draw), str(folder)], what="drawing the results")
 
 
 def main(argv: list[str]) -> int:
@@ -125,7 +120,10 @@ def main(argv: list[str]) -> int:
                 for figure, sample in measure(bench, options, results):
                     results.add(figure, sample)
             finally:
-                publish(results, bench.cores, options.out)
+                text = tables(results, bench.cores)
+                if results.by_figure:
+                    print(text)
+        publish(results, text, options.out)  # only of a whole run: files of two runs are not to be mixed
     except BenchError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1

@@ -33,7 +33,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _run(argv: Sequence[str], *, what: str, folder: Path | None = None) -> None:
+def run_quietly(argv: Sequence[str], *, what: str, folder: Path | None = None) -> None:
+    """Run a command to its end. Raises BenchError with its last line when it fails."""
     done = subprocess.run(argv, capture_output=True, text=True, cwd=folder, check=False)
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()
@@ -49,8 +50,10 @@ def environment(name: str) -> Path:
         say(f"installing {', '.join(PACKAGES[name])} into {folder.relative_to(ROOT)}")
         shutil.rmtree(folder, ignore_errors=True)
         what = f"installing {name}"
-        _run([sys.executable, "-m", "venv", str(folder)], what=what)
-        _run([str(folder / "bin" / "pip"), "install", "-q", "--disable-pip-version-check", *PACKAGES[name]], what=what)
+        run_quietly([sys.executable, "-m", "venv", str(folder)], what=what)
+        run_quietly(
+            [str(folder / "bin" / "pip"), "install", "-q", "--disable-pip-version-check", *PACKAGES[name]], what=what
+        )
         marker.write_text(wanted)
     return folder / "bin"
 
@@ -69,10 +72,10 @@ def program(name: str) -> tuple[str, dict[str, str]]:
         say(f"unpacking {', '.join(DEBIAN[name])} into {folder.relative_to(ROOT)}")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        _run(["apt-get", "download", *DEBIAN[name]], what=f"downloading {name}", folder=folder)
+        run_quietly(["apt-get", "download", *DEBIAN[name]], what=f"downloading {name}", folder=folder)
         draft = folder / "draft"
         for package in sorted(folder.glob("*.deb")):
-            _run(["dpkg", "-x", str(package), str(draft)], what=f"unpacking {package.name}")
+            run_quietly(["dpkg", "-x", str(package), str(draft)], what=f"unpacking {package.name}")
         draft.rename(unpacked)
     programs = [path for place in ("usr/bin", "usr/sbin") if (path := unpacked / place / name).is_file()]
     if not programs:
@@ -89,5 +92,7 @@ def compiled(source: Path) -> Path:
         compiler = shutil.which("cc")
         if compiler is None:
             raise BenchError(f"{source.name}: a C compiler (cc) is needed to build it")
-        _run([compiler, "-O2", "-Wall", "-Wextra", "-o", str(target), str(source)], what=f"compiling {source.name}")
+        run_quietly(
+            [compiler, "-O2", "-Wall", "-Wextra", "-o", str(target), str(source)], what=f"compiling {source.name}"
+        )
     return target

@@ -14,6 +14,7 @@ import random
 import resource
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -42,9 +43,10 @@ from benchmarks.gateway.rivals import RIVALS, Site
 
 HERE = Path(__file__).resolve().parent
 DIRECT = "direct"
+RECORDING = frozenset({"burstgate", "burstgate-2-workers"})
 SLOW = frozenset({"litellm"})
 """Measured `SLOW_TIMES` as long, or too few requests would end."""
-SLOW_TIMES = 3
+SLOW_TIMES = 2
 WARM_UP_S = 1.0
 CHUNKS = 128
 SHARE_OF_CAPACITY = 0.3
@@ -65,7 +67,7 @@ UNARY = Load(prompt_bytes=375, is_stream=False, connections=64)
 RATES = {
     "unary": UNARY,
     "stream": Load(prompt_bytes=375, is_stream=True, connections=16),
-    "paced": Load(prompt_bytes=375, is_stream=True, connections=64, delay_us=5000),
+    "paced": Load(prompt_bytes=375, is_stream=True, connections=16, delay_us=1000),
     "prompt": Load(prompt_bytes=100_000, is_stream=False, connections=16),
 }
 RATE_GATEWAYS = {
@@ -187,6 +189,8 @@ class Bench:
     cores: Cores
     upstream: Running
     upstream_port: int
+    answered: dict[str, int]
+    """Requests that wrk saw answered, by URL."""
 
     @property
     def url(self) -> str:
@@ -223,7 +227,7 @@ def open_bench() -> Iterator[Bench]:
         port = free_ports(1)[0]
         argv = [str(compiled(HERE / "upstream.c")), str(port)]
         with running("upstream", argv, cores=cores.load, folder=folder) as upstream:
-            bench = Bench(folder, cores, upstream, port)
+            bench = Bench(folder, cores, upstream, port, {})
             upstream.wait_until_ready(bench.stats, 10.0)
             check_upstream(bench)
             yield bench
@@ -297,6 +301,15 @@ def check_gateway(gateway: Gateway, bench: Bench) -> None:
         raise BenchError(f"{gateway.name}: expected usage to be asked for and hidden in a stream")
 
 
+def check_records(database: Path, answered: int) -> None:
+    """Every answered request is a row; those that wrk left at its end are rows too. Raises BenchError."""
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        rows, whole = connection.execute("SELECT count(*), sum(outcome = 'ok') FROM requests").fetchone()
+    say(f"burstgate recorded {rows} requests, {whole or 0} of them whole; wrk saw {answered} answered")
+    if (whole or 0) < answered:
+        raise BenchError(f"{database}: {answered} requests were answered, {whole or 0} are recorded as whole")
+
+
 @contextlib.contextmanager
 def open_gateway(bench: Bench, name: str, cores: str | None = None) -> Iterator[Gateway]:
     """A gateway for the length of a with block. Raises BenchError."""
@@ -314,6 +327,8 @@ def open_gateway(bench: Bench, name: str, cores: str | None = None) -> Iterator[
         process.wait_until_ready(lambda: get_json(f"{gateway.url}/v1/chat/completions", body), 180.0)
         check_gateway(gateway, bench)
         yield gateway
+    if name in RECORDING:
+        check_records(folder / "data" / "burstgate.db", bench.answered.get(gateway.url, 0))
 
 
 class _WrkResult(msgspec.Struct, frozen=True):
@@ -337,7 +352,9 @@ def _wrk(bench: Bench, url: str, load: Load, seconds: float, cores: str | None =
     )
     if done.returncode:
         raise BenchError(f"wrk ended with status {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
-    return msgspec.json.decode(done.stdout.splitlines()[-1], type=_WrkResult)
+    result = msgspec.json.decode(done.stdout.splitlines()[-1], type=_WrkResult)
+    bench.answered[url] = bench.answered.get(url, 0) + result.requests
+    return result
 
 
 def _children_cpu_s() -> float:
@@ -458,7 +475,7 @@ def measure_streams(bench: Bench, names: Sequence[str], count: int, seconds: flo
             bench.configure(chunks=chunks, delay_us=1_000_000)
             peak = 0
             cpu_s = open_s = 0.0
-            with _probe(bench, "streams", gateway.url, load, count, ramp_s) as probe:
+            with _probe(bench, "streams", gateway.url, load, count, ramp_s, chunks + 20.0) as probe:
                 start_s = time.monotonic()
                 while probe.poll() is None and time.monotonic() < start_s + chunks - 0.5:
                     time.sleep(0.25)

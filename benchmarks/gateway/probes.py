@@ -1,7 +1,7 @@
 """The two loads that wrk has no words for, each a process of its own that prints one line of JSON.
 
     python -m benchmarks.gateway.probes latency URL BODY RATE_RPS SECONDS SEED
-    python -m benchmarks.gateway.probes streams URL BODY COUNT RAMP_S
+    python -m benchmarks.gateway.probes streams URL BODY COUNT RAMP_S GIVE_UP_S
 
 latency: an open loop. Requests leave at Poisson times whatever came back so far, each on a connection that nobody
 uses; the first fifth is left out. Latency runs from the send to the last byte; how late the sends were stands beside
@@ -148,9 +148,8 @@ class _Stream(asyncio.Protocol):
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.write(self._request)
+        self._transport = transport  # type: ignore[assignment]
+        self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         now_ns = time.monotonic_ns()
@@ -166,8 +165,8 @@ class _Stream(asyncio.Protocol):
             self.over.set_result(None)
 
 
-async def measure_streams(url: str, body: bytes, count: int, ramp_s: float) -> Streams:
-    """Raises OSError when a connection can not be made."""
+async def measure_streams(url: str, body: bytes, count: int, ramp_s: float, give_up_s: float) -> Streams:
+    """Streams that are not over `give_up_s` after the last was opened are not whole. Raises OSError."""
     host, port, request = _request(url, body)
     loop = asyncio.get_running_loop()
     late_ns: list[int] = []
@@ -178,7 +177,7 @@ async def measure_streams(url: str, body: bytes, count: int, ramp_s: float) -> S
         _, stream = await loop.create_connection(lambda: _Stream(request, late_ns), host, port)
         streams.append(stream)
     gc.disable()
-    await asyncio.gather(*(stream.over for stream in streams))
+    await asyncio.wait([stream.over for stream in streams], timeout=give_up_s)
     late_ms = np.array(late_ns, dtype=np.float64) / 1e6 if late_ns else np.array([np.nan])
     p50, p99 = np.percentile(late_ms, [50, 99])
     return Streams(
@@ -200,8 +199,8 @@ def main(argv: list[str]) -> None:
         rate_rps, seconds, seed = numbers
         result: msgspec.Struct = measure_latency(url, body, float(rate_rps), float(seconds), int(seed))
     else:
-        count, ramp_s = numbers
-        result = uvloop.run(measure_streams(url, body, int(count), float(ramp_s)))
+        count, ramp_s, give_up_s = numbers
+        result = uvloop.run(measure_streams(url, body, int(count), float(ramp_s), float(give_up_s)))
     print(msgspec.json.encode(result).decode())
 
 

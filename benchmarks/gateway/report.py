@@ -18,6 +18,8 @@ from benchmarks.gateway.measure import CHUNKS, DIRECT, LatencySample, MemorySamp
 from benchmarks.gateway.processes import Cores
 
 Sample = RateSample | LatencySample | StreamsSample | MemorySample
+QUIET_CORES = 0.1
+"""What others may use of the machine at the median."""
 FIGURES = ("unary", "stream", "paced", "prompt", "latency", "streams", "memory", "memory-long", "workers")
 
 
@@ -116,7 +118,7 @@ class Results:
         for figure, work, bar, beyond in (
             ("unary", "unary chat, 0.6 KB, 64 connections, against Envoy", 1.3, 1.0),
             ("stream", f"{CHUNKS}-chunk stream, 16 connections, against Envoy", 1.3, 1.0),
-            ("paced", "the same, 64 streams with 5 ms between chunks, against Envoy", 1.3, 1.0),
+            ("paced", "the same with 1 ms between chunks, against Envoy", 1.3, 1.0),
             ("prompt", "100 KB prompt, unary, against Envoy", 1.5, None),
         ):
             if figure in self.by_figure:
@@ -170,7 +172,7 @@ class Results:
         return Verdict(work, shown, ratio(ours, theirs), bar, beyond, errors=self.errors(figure, "burstgate", rival))
 
     def rate_lines(self) -> list[tuple[str, ...]]:
-        """Medians: figure, gateway, CPU µs, against Envoy, requests a second, load's CPU µs, RSS in MB, others' cores."""
+        """Medians: figure, gateway, CPU µs, against Envoy, requests/s, load's CPU µs, RSS in MB, others' cores."""
         lines: list[tuple[str, ...]] = []
         for figure, samples in self.by_figure.items():
             for gateway in dict.fromkeys(s.gateway for s in samples if isinstance(s, RateSample)):
@@ -250,4 +252,9 @@ def tables(results: Results, cores: Cores) -> str:
             "others' cores",
         )
         parts.append(markdown(head, lines))
+    noise = [s.foreign_cores for some in results.by_figure.values() for s in some if isinstance(s, RateSample)]
+    if noise and statistics.median(noise) > QUIET_CORES:
+        parts.append(
+            f"The machine was not quiet: others used {statistics.median(noise):.2f} cores. These are no results."
+        )
     return "\n\n".join(parts) + "\n"

@@ -78,3 +78,33 @@ def test_kill_9_loses_no_answer_and_records_none_twice(rounds: int, tmp_path: Pa
     crashed = Counter(row.outcome for row in rows)[Outcome.GATEWAY_CRASH]
     # Two of three victims had streams open; the record-then-send window is microseconds wide.
     assert crashed >= len(broken) - 2 * rounds > 0
+
+
+def test_workers_of_a_killed_supervisor_finish_what_they_have_beside_the_new_ones(tmp_path: Path) -> None:
+    with (
+        Simulator("--step-base-s", "0.1") as simulator,
+        Installation(simulator.url, data_dir=tmp_path / "data") as installation,
+    ):
+        orphans = installation.process
+
+        async def run() -> Answer:
+            async with asyncio.TaskGroup() as tasks:
+                stream = tasks.create_task(fetch(installation.gateway_url, Ask("old", True, 30)))
+                await asyncio.sleep(0.5)
+                os.kill(orphans.pid, signal.SIGKILL)
+                await asyncio.to_thread(wait_until, lambda: not orphans.is_running, 5.0, "the supervisor's end")
+                await asyncio.to_thread(installation.start)
+            return stream.result()
+
+        try:
+            assert asyncio.run(run()).is_whole
+            assert asyncio.run(fetch(installation.gateway_url, Ask("new", True, 3))).is_whole
+            rows = installation.wait_rows(2)
+            assert [(row.client_request_id, row.outcome, row.response_tokens) for row in rows] == [
+                ("old", Outcome.OK, 30),
+                ("new", Outcome.OK, 3),
+            ]
+            wait_until(lambda: not orphans.commands(), 10.0, "the end of the orphans")
+            assert installation.doctor()["accounting"].is_ok
+        finally:
+            orphans.kill_tree()

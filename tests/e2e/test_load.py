@@ -54,7 +54,9 @@ def test_2000_streams_at_once_through_one_worker(tmp_path: Path) -> None:
                     wait_until, lambda: _in_flight(installation) == STREAMS, 30.0, f"{STREAMS} in flight"
                 )
                 assert await asyncio.to_thread(_metric, installation, "burstgate_requests_in_flight") == STREAMS
-                assert (await asyncio.to_thread(simulator.stats)).in_flight == STREAMS
+                await asyncio.to_thread(
+                    wait_until, lambda: simulator.stats().in_flight == STREAMS, 30.0, f"{STREAMS} in the simulator"
+                )
             return [task.result() for task in running]
 
         answers = asyncio.run(all_at_once())

@@ -115,6 +115,10 @@ class TestReplayedHead:
     def test_arrivals_are_on_schedule(self, replayed: Replayed) -> None:
         late_s = replayed.arrived_s - np.array([replayed.plan[place].due_s for place in replayed.places])
         print(f"arrival - schedule, ms: {np.percentile(late_s * 1e3, [0, 1, 50, 90, 99, 100]).round(2).tolist()}")
+        worst = [(replayed.plan[replayed.places[i]], f"{late_s[i] * 1e3:.0f} ms") for i in np.argsort(-late_s)[:8]]
+        print(
+            "latest:", *[f"{row.index} due {row.due_s:.1f} s, {row.request_tokens} tokens: {ms}" for row, ms in worst]
+        )
         assert np.percentile(np.abs(late_s), 99) <= LATE_S
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.sessions import ConversationKeys, SessionTable, conversation_keys, load_secret, response_key
@@ -183,6 +183,7 @@ def test_bucket_forgets_what_was_used_longest_ago(tmp_path: Path) -> None:
     table.close()
 
 
+@settings(deadline=None)  # it writes files
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=80))
 def test_bucket_is_an_lru(steps: list[tuple[bool, int]]) -> None:
     model: dict[int, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -202,10 +203,18 @@ def test_loop_ends_with_a_signal_and_children_without_a_supervisor_end_too(tmp_p
         assert process.stdout is not None
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) == 3
+        eventually(lambda: catches_sigterm(process.pid), "the loop runs")  # noqa: B023
+        time.sleep(0.1)
         process.send_signal(how)
         assert process.wait(20) == status
         process.stdout.close()
         eventually(lambda: not any(map(is_alive, pids)), f"nobody is left after {how.name}")  # noqa: B023
+
+
+def catches_sigterm(pid: int) -> bool:
+    """The process has a handler for it."""
+    (mask,) = re.findall(r"SigCgt:\s+([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def is_alive(pid: int) -> bool:

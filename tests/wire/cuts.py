@@ -13,6 +13,9 @@ def pieces_at(data: bytes, at: list[int]) -> list[bytes]:
     return [data[start:end] for start, end in pairwise([0, *positions, len(data)])]
 
 
+def every_byte(data: bytes) -> list[bytes]:
+    """`data` cut into single bytes."""
+    return [data[position : position + 1] for position in range(len(data))]
+
+
 CUTS = st.lists(st.integers(0, 1 << 20), max_size=12)
-EVERY_BYTE = list(range(1 << 12))
-"""Cuts that leave single bytes, of anything up to 4 KiB."""
