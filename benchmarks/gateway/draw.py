@@ -22,6 +22,7 @@ TITLES = {
     "paced": "128-chunk stream, paced",
     "prompt": "100 KB prompt",
 }
+WIDE = 50
 
 
 def medians(path: Path, column: str) -> dict[str, float]:
@@ -35,15 +36,19 @@ def medians(path: Path, column: str) -> dict[str, float]:
 
 
 def draw(axes: Any, title: str, values: dict[str, float], unit: str) -> None:
-    """Horizontal bars on a logarithmic axis, their values beside them."""
+    """Horizontal bars, their values beside them; where one would leave nothing of the others, on a logarithmic axis."""
     names = sorted(values, key=values.__getitem__, reverse=True)
     colours = ["#d1495b" if name.startswith("burstgate") else "#8d99ae" for name in names]
     bars = axes.barh(names, [values[name] for name in names], color=colours)
     axes.bar_label(bars, [f"{values[name]:,.0f}" for name in names], padding=3, fontsize=8)
-    axes.set_xscale("log")
-    axes.margins(x=0.3)
-    axes.set_title(f"{title}: {unit}", fontsize=9, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
+    is_wide = max(values.values()) > WIDE * min(values.values())
+    if is_wide:
+        axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.set_xticks([])
+    axes.set_xticks([], minor=True)
+    axes.set_title(f"{title}: {unit}{', logarithmic' if is_wide else ''}", fontsize=9, loc="left")
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
 def main() -> None:
