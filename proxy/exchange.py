@@ -465,6 +465,8 @@ class _Request:
                 encoding = header[1].lower()
             elif name == b"content-length" and exchange.status in (204, 304):
                 continue  # the server would wait for a body
+            elif name == b"location":
+                header = (header[0], self._own_location(header[1]))
             headers.append(header)
         if self.sends_usage and content_type.startswith(b"text/event-stream"):
             headers = [header for header in headers if header[0].lower() != b"content-length"]
@@ -472,6 +474,16 @@ class _Request:
             headers = [header for header in headers if header[0].lower() not in named]
         headers.append((b"x-request-id", self.shown_id))
         return headers, content_type, encoding
+
+    def _own_location(self, location: bytes) -> bytes:
+        """A redirect to the upstream itself, as one to the gateway: else the client's next request would pass it by."""
+        if self.upstream is None or self.head.host is None:
+            return location
+        url = self.upstream.client.url
+        there = (b"https://" if url.is_tls else b"http://") + url.authority + url.prefix
+        if not location.startswith(there):
+            return location
+        return b"%b://%b%b" % (self.scope["scheme"].encode(), self.head.host, location[len(there) :])
 
     def _new_account(self, content_type: bytes, encoding: bytes) -> Account:
         if encoding not in (b"", b"identity"):
@@ -573,13 +585,14 @@ class _Request:
         head = self.head
         model = clean(facts.model)
         usage = done.usage
-        if usage is not None:
-            source, request_tokens, cached = TokenSource.USAGE, usage.request_tokens, usage.cached_tokens
-        elif done.content_chunks:
-            source, cached = TokenSource.ESTIMATED, None
-            request_tokens = self.gateway.estimates.request_tokens(model, self.body_bytes)
+        request_tokens = usage.request_tokens if usage is not None else None
+        cached = usage.cached_tokens if usage is not None else None
+        if done.content_chunks and (usage is None or usage.response_tokens is None):
+            source = TokenSource.ESTIMATED
+            if request_tokens is None:
+                request_tokens = self.gateway.estimates.request_tokens(model, self.body_bytes)
         else:
-            source, request_tokens, cached = TokenSource.NONE, None, None
+            source = TokenSource.NONE if usage is None else TokenSource.USAGE
         response_tokens = countable(done.response_tokens)
         sent_ns = self.exchange.sent_ns if self.exchange is not None else 0
         return TraceRecord(

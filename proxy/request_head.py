@@ -43,11 +43,13 @@ def countable(number: int | None) -> int | None:
 class RequestHead:
     """What the headers say: those to send on, and what the gateway itself needs."""
 
-    __slots__ = ("content_length", "content_type", "forward", "log_type", "origin", "request_id", "run_id", "session")
+    __slots__ = ("content_length", "content_type", "forward", "host", "log_type", "origin", "request_id", "run_id",
+                 "session")  # fmt: skip
 
     def __init__(self, headers: Iterable[tuple[bytes, bytes]], session_header: bytes, log_type_header: bytes) -> None:
         self.forward: Headers = []
         self.content_type = b""
+        self.host: bytes | None = None
         self.content_length: int | None = None
         self.request_id: bytes | None = None
         self.session: str | None = None
@@ -60,6 +62,8 @@ class RequestHead:
             if name in _HOP_BY_HOP:
                 if name == b"connection" and value not in (b"keep-alive", b"close"):
                     named |= {token.strip().lower() for token in value.split(b",")}
+                elif name == b"host":
+                    self.host = value
                 continue
             if name == b"content-type":
                 self.content_type = value

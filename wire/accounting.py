@@ -1,8 +1,9 @@
 """What one exchange cost: (now_ns, bytes) in; first and last chunk times, token counts and the finish reason out.
 
 An account is fed the response body as it arrives and hands back the bytes to pass on: the same bytes, except that the
-usage event which the gateway itself asked for is taken out. Parsing never raises and never delays a whole event; only
-an event that is not complete yet waits, and only where an event may have to be taken out.
+usage event which the gateway itself asked for is taken out. Parsing never raises. Where an event may have to be taken
+out, one that is not complete yet waits, and so do those that end a choice: vLLM puts its `system_fingerprint` into them
+when nobody asks for usage and into the usage event when somebody does, and it goes back to where the client expects it.
 
 Token counts, in order of trust: the upstream's usage (`usage`; cumulative where it comes with every chunk, so the
 last one counts, summed over choices), else the number of content chunks (`estimated`), else nothing (`none`).
@@ -10,6 +11,7 @@ last one counts, summed over choices), else the number of content chunks (`estim
 
 from __future__ import annotations
 
+import enum
 import re
 
 import msgspec
@@ -25,6 +27,7 @@ MAX_ANSWER_BYTES = 256 * 1024
 
 _MAX_SHAPES = 8
 _TEXT = re.compile(rb'"(content|text|reasoning|reasoning_content|arguments)":"([^"\\]*)"')
+_FINGERPRINT = re.compile(rb',"system_fingerprint":"[^"\\]*"')
 _STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*')
 """The inside of a JSON string."""
 
@@ -53,6 +56,15 @@ class Accounted(msgspec.Struct, frozen=True, gc=False):
         return self.content_chunks or None
 
 
+class _Event(enum.Enum):
+    """What an event is to a stream that the usage event is taken out of."""
+
+    CHOICE = enum.auto()
+    CHOICE_END = enum.auto()
+    USAGE = enum.auto()
+    OTHER = enum.auto()
+
+
 class StreamAccount:
     """Accounts for a server-sent event stream of any family.
 
@@ -68,10 +80,12 @@ class StreamAccount:
         "_answer_bytes",
         "_by_choice",
         "_content_chunks",
+        "_ended",
         "_error_type",
         "_family",
         "_finish_reason",
         "_first_ns",
+        "_held",
         "_last_ns",
         "_response_id",
         "_served_model",
@@ -93,6 +107,10 @@ class StreamAccount:
         """What is before and after the text of a chunk, and whether that text belongs to the answer."""
         self._usage: Usage | None = None
         self._by_choice: dict[int, Usage] = {}
+        self._ended = 0
+        """The choice that the last CHOICE_END ended."""
+        self._held: dict[int, bytes] = {}
+        """Events that end a choice, by choice, until the usage event."""
         self._finish_reason: str | None = None
         self._served_model: str | None = None
         self._response_id: str | None = None
@@ -111,13 +129,34 @@ class StreamAccount:
             for block in blocks:
                 self._account(now_ns, block)
             return data
-        return b"".join([block for block in blocks if not self._account(now_ns, block)])
+        return b"".join([self._passed_on(now_ns, block) for block in blocks])
 
     def eof(self, now_ns: int) -> bytes:
         """Account for the end of the stream; returns what was still held back."""
         rest = self._splitter.eof()
-        is_extra = self._account(now_ns, rest) if rest else False
-        return rest if self._strip and not is_extra else b""
+        if not self._strip:
+            if rest:
+                self._account(now_ns, rest)
+            return b""
+        return (self._passed_on(now_ns, rest) if rest else b"") + self._release()
+
+    def _passed_on(self, now_ns: int, block: bytes) -> bytes:
+        """Count one event of a stream without its usage event; returns what to pass on in its place."""
+        kind = self._account(now_ns, block)
+        if kind is _Event.USAGE:
+            found = _FINGERPRINT.search(block)
+            return self._release(found[0] if found is not None else b"")
+        if kind is _Event.CHOICE_END:
+            # A choice that ends more than once: a server whose every chunk has a finish reason. Nothing waits then.
+            before = self._release() if self._ended in self._held else b""
+            self._held[self._ended] = block
+            return before
+        return self._release() + block if kind is _Event.OTHER and self._held else block
+
+    def _release(self, fingerprint: bytes = b"") -> bytes:
+        """The events held back, with the fingerprint that they would carry without usage."""
+        held, self._held = self._held, {}
+        return b"".join(_stamped(block, fingerprint) for block in held.values())
 
     def _counts_unread(self, now_ns: int, block: bytes) -> bool:
         """Count an event that differs from an earlier chunk of the answer in its text only."""
@@ -132,26 +171,27 @@ class StreamAccount:
                     return True
         return False
 
-    def _account(self, now_ns: int, block: bytes) -> bool:
-        """Count one event; True when it is the extra usage event."""
+    def _account(self, now_ns: int, block: bytes) -> _Event:
+        """Count one event; returns what it is to a stream that the usage event is taken out of."""
         if self._counts_unread(now_ns, block):
-            return False
+            return _Event.CHOICE
         data = event_data(block)
         if data.startswith(b"[DONE]"):
             self.terminal = True
-            return False
+            return _Event.OTHER
         payload = read_payload(data) if data else None
         if payload is None:
-            return False
+            return _Event.OTHER
         self._learn(payload)
         if payload.choices is None:
             self._account_typed(now_ns, payload, block)
-            return False
+            return _Event.OTHER
         if payload.choices:
             self._account_chunk(now_ns, payload, payload.choices, block)
-            return False
+            self._ended = payload.choices[0].index
+            return _Event.CHOICE_END if payload.choices[0].finish_reason else _Event.CHOICE
         self._merge(usage_of(payload, self._family))
-        return self._strip and payload.usage is not None
+        return _Event.OTHER if payload.usage is None else _Event.USAGE
 
     def _account_chunk(self, now_ns: int, payload: Payload, choices: list[Choice], block: bytes) -> None:
         has_output = False
@@ -259,6 +299,14 @@ class StreamAccount:
             self._error_type,
             None if self._answer is None else _unescaped(b"".join(self._answer)),
         )
+
+
+def _stamped(block: bytes, fingerprint: bytes) -> bytes:
+    """An event of one JSON object with the member added at its end, unless it has it."""
+    end = block.rfind(b"}")
+    if not fingerprint or end < 0 or _FINGERPRINT.search(block):
+        return block
+    return block[:end] + fingerprint + block[end:]
 
 
 def _unescaped(text: bytes) -> bytes | None:

@@ -294,6 +294,7 @@ class Client:
             "query_string": query,
             "headers": list(headers),
             "http_version": "1.1",
+            "scheme": "http",
         }
 
     async def receive(self) -> Message:

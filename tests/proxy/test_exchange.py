@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -103,6 +104,21 @@ async def test_content_length_of_a_stream_that_loses_an_event_is_left_out(tmp_pa
         bench.record()
     assert client.body == b"".join(PIECES) + DONE
     assert client.values(b"content-length") == []
+
+
+@in_loop
+async def test_a_redirect_to_the_upstream_leads_back_to_the_gateway(tmp_path: Path) -> None:
+    def redirect(talk: Talk) -> Awaitable[None]:
+        return plain(b"", 307, (b"location", talk.request.target.removeprefix(b"/to/")))(talk)
+
+    async with Upstream(redirect) as upstream, running(tmp_path, upstream.url) as bench:
+        for there, here in (
+            (upstream.url + "/v1/models?a=1", "http://gate:8080/v1/models?a=1"),
+            ("http://elsewhere/v1/models", "http://elsewhere/v1/models"),
+            ("/v1/models", "/v1/models"),
+        ):
+            client = await bench.serve(Client(method="GET", path=f"/to/{there}", headers=[(b"host", b"gate:8080")]))
+            assert client.values(b"location") == [here.encode()]
 
 
 @pytest.mark.parametrize(

@@ -380,7 +380,6 @@ KEPT_EVENTS = [
     ROLE,
     chunk({"content": "a"}),
     chunk({"content": 'b"c'}),
-    chunk({"content": "d"}, "stop", usage=usage(4, 3)),
     chunk({"content": "e"}, usage=usage(4, 3)),
     chunk(None),
     chunk(None, usage=None),
@@ -407,6 +406,83 @@ def test_only_the_extra_event_is_taken_out(kept: bytes) -> None:
         stream = [kept, extra, kept]
         assert feed_all(StreamAccount(Family.CHAT, strip_usage=True), stream)[0] == kept + kept
         assert feed_all(StreamAccount(Family.CHAT), stream)[0] == b"".join(stream)
+
+
+PRINT = {"system_fingerprint": "vllm-0.32.0-ab12"}
+ENDS: list[tuple[str, list[bytes], list[bytes]]] = [
+    (
+        "vLLM moves its fingerprint into the usage event; without usage it ends the choice",
+        [ROLE, chunk({"content": "a"}), chunk({"content": "b"}, "stop"), chunk(None, usage=usage(4, 2), **PRINT), DONE],
+        [ROLE, chunk({"content": "a"}), chunk({"content": "b"}, "stop", **PRINT), DONE],
+    ),
+    (
+        "no fingerprint: nothing is added",
+        [ROLE, chunk({"content": "a"}, "stop"), USAGE, DONE],
+        [ROLE, chunk({"content": "a"}, "stop"), DONE],
+    ),
+    (
+        "one that is there already stays",
+        [chunk({"content": "a"}, "stop", system_fingerprint="fp_1"), chunk(None, usage=usage(4, 1), **PRINT), DONE],
+        [chunk({"content": "a"}, "stop", system_fingerprint="fp_1"), DONE],
+    ),
+    (
+        "each choice's end carries it",
+        [
+            chunk({"content": "a"}, "stop"),
+            chunk({"content": "b"}, "length", index=1),
+            chunk(None, usage=usage(4, 2), **PRINT),
+            DONE,
+        ],
+        [chunk({"content": "a"}, "stop", **PRINT), chunk({"content": "b"}, "length", index=1, **PRINT), DONE],
+    ),
+    (
+        "an upstream that sends no usage: the end waits for what follows it",
+        [chunk({"content": "a"}, "stop"), DONE],
+        [chunk({"content": "a"}, "stop"), DONE],
+    ),
+    (
+        "a stream that breaks off after a choice's end",
+        [chunk({"content": "a"}, "stop")],
+        [chunk({"content": "a"}, "stop")],
+    ),
+    (
+        "a usage of its own in the event that ends the choice",
+        [chunk({"content": "d"}, "stop", usage=usage(4, 3)), DONE],
+        [chunk({"content": "d"}, "stop", usage=usage(4, 3)), DONE],
+    ),
+    (
+        "a server whose every chunk has a finish reason: nothing waits for long",
+        [
+            chunk({"content": "a"}, "stop"),
+            chunk({"content": "b"}, "stop"),
+            chunk({"content": "c"}, "stop"),
+            USAGE,
+            DONE,
+        ],
+        [chunk({"content": "a"}, "stop"), chunk({"content": "b"}, "stop"), chunk({"content": "c"}, "stop"), DONE],
+    ),
+    (
+        "completions",
+        [text_chunk("a"), text_chunk("b", "length"), text_chunk(None, usage=usage(4, 2), **PRINT), DONE],
+        [text_chunk("a"), text_chunk("b", "length", **PRINT), DONE],
+    ),
+]
+
+
+@pytest.mark.parametrize(("events", "expected"), [row[1:] for row in ENDS], ids=[row[0] for row in ENDS])
+@given(at=CUTS)
+def test_a_choice_ends_as_it_would_without_usage(events: list[bytes], expected: list[bytes], at: list[int]) -> None:
+    for pieces in (events, [b"".join(events)], every_byte(b"".join(events)), pieces_at(b"".join(events), at)):
+        assert feed_all(StreamAccount(Family.CHAT, strip_usage=True), pieces)[0] == b"".join(expected)
+        assert feed_all(StreamAccount(Family.CHAT), pieces)[0] == b"".join(events)
+
+
+def test_an_event_that_ends_a_choice_waits_no_longer_than_for_the_next_event() -> None:
+    account = StreamAccount(Family.CHAT, strip_usage=True)
+    end = chunk({"content": "b"}, "stop")
+    assert account.feed(10, ROLE) == ROLE
+    assert account.feed(20, end) == b""
+    assert account.feed(30, b": ping\n\n") == end + b": ping\n\n"
 
 
 def arguments_chunk(text: str) -> bytes:
