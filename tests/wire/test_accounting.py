@@ -408,7 +408,7 @@ def test_only_the_extra_event_is_taken_out(kept: bytes) -> None:
         assert feed_all(StreamAccount(Family.CHAT), stream)[0] == b"".join(stream)
 
 
-PRINT = {"system_fingerprint": "vllm-0.32.0-ab12"}
+PRINT: dict[str, Any] = {"system_fingerprint": "vllm-0.32.0-ab12"}
 ENDS: list[tuple[str, list[bytes], list[bytes]]] = [
     (
         "vLLM moves its fingerprint into the usage event; without usage it ends the choice",
