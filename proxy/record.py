@@ -12,7 +12,7 @@ from types import FrameType
 
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.settings import ConfigError, Settings
-from storage.engine import open_engine, upgrade
+from storage.engine import DatabaseUnavailable, SchemaError, open_engine, upgrade
 from storage.recorder import Recorder
 from storage.sink import Sink, SinkUnavailable, open_sink
 
@@ -26,14 +26,10 @@ def _open(settings: Settings) -> Sink:
     engine = open_engine(settings.database)
     try:
         upgrade(engine)
-    except Exception as error:
+    except (DatabaseUnavailable, SchemaError) as error:
         engine.dispose()
-        raise SinkUnavailable(_one_line(error)) from error
+        raise SinkUnavailable(str(error)) from error
     return open_sink(engine)
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def open_recorder(settings: Settings, *, wait_s: float = 0.0) -> Recorder:
