@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import resource
@@ -28,13 +29,15 @@ from proxy.sessions import SessionTable, load_secret
 from proxy.settings import Settings
 from proxy.telemetry import WORKER_COUNTERS, WorkerMetrics
 from proxy.upstream import Fleet, Upstream
-from storage.journal import JournalWriter
+from storage.journal import JOURNAL_COUNTERS, JournalWriter, Unrecorded
 
 log = logging.getLogger("burstgate.gateway")
 
 CLIENT_KEEP_ALIVE_S = 75
 """Longer than the idle timeouts of common load balancers and SDKs, so that they close first."""
 MAINTENANCE_S = 1.0
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DROPPED_IO = JOURNAL_COUNTERS.index("dropped_io")
 GC_THRESHOLD = (50_000, 20, 50)
 """A request leaves hardly any cycles; Python's default of 700 spends 7 % of a worker looking for them."""
 
@@ -57,15 +60,15 @@ class GatewayApp(FastAPI):
 
 
 def build_gateway(settings: Settings) -> Gateway:
-    """Open the journal, the session table and the upstreams. Raises OSError."""
-    journal = JournalWriter(
-        settings.journal_dir,
-        uuid7(time.time()),
-        gateway=settings.gateway,
-        counter_names=WORKER_COUNTERS,
-        segment_bytes=int(settings.journal.segment),
-        budget_bytes=int(settings.journal.budget),
-    )
+    """Open the journal, the session table and the upstreams. Raises OSError, but not for a journal on a full disk."""
+    journal: JournalWriter | Unrecorded
+    try:
+        journal = _open_journal(settings)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        log.error("requests are not recorded until the disk has room: %s", error)
+        journal = Unrecorded(WORKER_COUNTERS)
     timeouts = settings.timeouts
     fleet = Fleet(
         [
@@ -74,8 +77,20 @@ def build_gateway(settings: Settings) -> Gateway:
         ]
     )
     sessions = SessionTable(settings.data_dir / "sessions.table") if settings.sessions.infer else None
-    metrics = WorkerMetrics(journal.counters.slots)
+    metrics = WorkerMetrics(journal.slots)
     return Gateway(settings, fleet, journal, metrics, sessions, load_secret(settings.data_dir))
+
+
+def _open_journal(settings: Settings, taking_over: Unrecorded | None = None) -> JournalWriter:
+    return JournalWriter(
+        settings.journal_dir,
+        uuid7(time.time()),
+        gateway=settings.gateway,
+        counter_names=WORKER_COUNTERS,
+        segment_bytes=int(settings.journal.segment),
+        budget_bytes=int(settings.journal.budget),
+        taking_over=taking_over,
+    )
 
 
 def build_app(settings: Settings) -> GatewayApp:
@@ -104,12 +119,18 @@ def build_app(settings: Settings) -> GatewayApp:
 
 
 async def _maintain(gateway: Gateway) -> None:
-    """Sync the journal, retry what the disk refused, measure the budget."""
-    journal = gateway.journal
+    """Open a journal that could not be opened; sync it, retry what the disk refused, measure the budget."""
     interval_s = gateway.settings.journal.fsync_interval_s
     next_upkeep_s = 0.0
     while True:
         await asyncio.sleep(interval_s)
+        journal = gateway.journal
+        if isinstance(journal, Unrecorded):
+            with contextlib.suppress(OSError):
+                gateway.journal = _open_journal(gateway.settings, journal)
+                gateway.metrics = WorkerMetrics(gateway.journal.slots)
+                log.error("requests are recorded again; %d were not", gateway.journal.slots[_DROPPED_IO])
+            continue
         try:
             await asyncio.to_thread(journal.sync)
             if time.monotonic() >= next_upkeep_s:

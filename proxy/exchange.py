@@ -21,7 +21,7 @@ from proxy.settings import Settings
 from proxy.telemetry import WorkerMetrics
 from proxy.upstream import Fleet, Upstream
 from proxy.watch import Timers, Watch
-from storage.journal import Begun, JournalWriter
+from storage.journal import Begun, JournalWriter, Unrecorded
 from traces.record import LogType, Outcome, TokenSource, TraceRecord
 from wire import latency
 from wire.accounting import Account, Accounted, NoAccount, StreamAccount, UnaryAccount
@@ -80,7 +80,7 @@ class Gateway:
         self,
         settings: Settings,
         fleet: Fleet,
-        journal: JournalWriter,
+        journal: JournalWriter | Unrecorded,
         metrics: WorkerMetrics,
         sessions: SessionTable | None,
         secret: bytes,

@@ -27,6 +27,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -155,6 +156,25 @@ def is_writer_alive(directory: Path) -> bool:
         os.close(descriptor)
 
 
+class Unrecorded:
+    """Stands in for a journal that can not be opened because the disk is full: requests go on, dropped and counted."""
+
+    def __init__(self, counter_names: tuple[str, ...] = ()) -> None:
+        self.slots = memoryview(bytearray(8 * len(JOURNAL_COUNTERS + counter_names))).cast("Q")
+
+    def begin(self, begun: Begun) -> bool:
+        """Nothing is kept of it."""
+        self.slots[_IO] += 1
+        self.slots[_ACCEPTED] += 1
+        return False
+
+    def end(self, record: TraceRecord) -> None:
+        """Never called: every `begin` was refused."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class JournalWriter:
     """One process's journal. All methods but `sync` are for one thread; none blocks on anything but write(2).
 
@@ -170,8 +190,12 @@ class JournalWriter:
         counter_names: tuple[str, ...] = (),
         segment_bytes: int = 16 * 1024 * 1024,
         budget_bytes: int = 10 * 1024**3,
+        taking_over: Unrecorded | None = None,
     ) -> None:
-        """Create the writer's directory and first segment. Raises OSError."""
+        """Create the writer's directory and first segment; go on from the counts of `taking_over`.
+
+        Raises OSError; then nothing is left behind.
+        """
         self.writer_id = writer_id
         self.directory = journal / writer_id
         self._journal = journal
@@ -183,20 +207,28 @@ class JournalWriter:
         self._unwritten: deque[tuple[str, bytes]] = deque()
         self._retired: deque[int] = deque()
         self._encoder = msgspec.msgpack.Encoder()
-        # Made under a hidden name and renamed: whoever sees a writer's directory sees it locked and with a segment.
-        final = self.directory
-        self.directory = journal / f".{writer_id}"
-        self.directory.mkdir(parents=True, mode=0o700)
-        self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self.counters = Counters(self.directory / "counters", JOURNAL_COUNTERS + counter_names)
-        self._slots = self.counters.slots
         self._segment = 0
         self._fd = -1
         self._size = self._first_size = 0
         self._needs_segment = False
-        self._start_segment()
-        self.directory.rename(final)
+        # Made under a hidden name and renamed: whoever sees a writer's directory sees it locked and with a segment.
+        final = self.directory
+        self.directory = journal / f".{writer_id}"
+        self.directory.mkdir(parents=True, mode=0o700)
+        undo = contextlib.ExitStack()
+        undo.callback(shutil.rmtree, self.directory, ignore_errors=True)
+        with undo:
+            self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            undo.callback(os.close, self._lock)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.counters = Counters(self.directory / "counters", JOURNAL_COUNTERS + counter_names)
+            undo.callback(self.counters.close)
+            self._slots = self.counters.slots
+            self._start_segment()
+            if taking_over is not None:
+                self._slots[:] = taking_over.slots
+            self.directory.rename(final)
+            undo.pop_all()
         self.directory = final
         self.refresh_budget()
 
@@ -316,6 +348,11 @@ class JournalWriter:
             with contextlib.suppress(OSError):
                 os.fdatasync(descriptor)
             os.close(descriptor)
+
+    @property
+    def slots(self) -> memoryview:
+        """The counters' slots, the journal's own first."""
+        return self._slots
 
     @property
     def open_requests(self) -> int:

@@ -259,3 +259,25 @@ def test_a_full_disk_drops_records_and_counts_them_and_requests_go_on(small_disk
         accounting = installation.doctor()["accounting"]
         assert accounting.is_ok, accounting.detail
         assert accounting.detail.endswith(f"in journal 0 + dropped {dropped} io")
+
+
+def test_a_worker_that_starts_on_a_full_disk_serves_and_records_when_there_is_room(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    with Simulator("--fast") as simulator, Installation(simulator.url, data_dir=tmp_path / "data") as installation:
+        _ask_all(installation, "before", 4)
+        installation.wait_rows(4)
+        _fill(small_disk / "ballast")
+        old = installation.pid("worker")
+        os.kill(old, signal.SIGKILL)
+        wait_until(lambda: installation.pids("worker") not in ([], [old]), 20.0, "a new worker")
+        _ask_all(installation, "full", 8)
+        (small_disk / "ballast").unlink()
+        wait_until(lambda: _dropped(installation)["io"] >= 8, 20.0, "the drops of the new worker counted")
+        dropped = _dropped(installation)["io"]
+        _ask_all(installation, "after", 4)
+        installation.wait_rows(8)
+        installation.stop()
+        accounting = installation.doctor()["accounting"]
+        assert accounting.is_ok, accounting.detail
+        assert accounting.detail.endswith(f"in journal 0 + dropped {dropped} io")

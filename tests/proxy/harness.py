@@ -24,7 +24,7 @@ from proxy.exchange import Gateway, Message
 from proxy.settings import Settings
 from storage.counters import read_counters
 from storage.frame import decode_frames
-from storage.journal import Begun
+from storage.journal import Begun, JournalWriter
 from traces.record import TraceRecord
 
 P = ParamSpec("P")
@@ -353,10 +353,16 @@ class Bench:
     def start(self, client: Client) -> asyncio.Task[Client]:
         return asyncio.create_task(self.serve(client))
 
+    @property
+    def writer(self) -> JournalWriter:
+        """The gateway's journal, which the disk has room for."""
+        assert isinstance(self.gateway.journal, JournalWriter)
+        return self.gateway.journal
+
     def journal(self) -> tuple[list[Begun], list[TraceRecord]]:
         """Everything in the journal now."""
         begun, ended = [], []
-        for path in sorted(self.gateway.journal.directory.glob("*.seg")):
+        for path in sorted(self.writer.directory.glob("*.seg")):
             data = path.read_bytes()
             payloads, used = decode_frames(data)
             assert used == len(data)
@@ -382,10 +388,10 @@ class Bench:
         assert [upstream.in_flight for upstream in self.gateway.fleet.upstreams] == [0] * len(
             self.gateway.fleet.upstreams
         )
-        assert self.gateway.journal.open_requests == 0
+        assert self.writer.open_requests == 0
 
     def counter(self, name: str) -> int:
-        return read_counters(self.gateway.journal.directory / "counters")[name]
+        return read_counters(self.writer.directory / "counters")[name]
 
 
 @contextlib.asynccontextmanager
