@@ -16,25 +16,23 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from proxy.child import ChildTask, run_child, watch_parent
-from proxy.errors import GatewayError, error_body
-from proxy.exchange import Gateway, Receive, Scope, Send, uuid7
+from proxy.exchange import Gateway, Journal, uuid7
+from proxy.server import ClientConnection
 from proxy.sessions import SessionTable, load_secret
 from proxy.settings import Settings
 from proxy.telemetry import WORKER_COUNTERS, WorkerMetrics
-from proxy.upstream import Fleet, Upstream
-from storage.journal import JOURNAL_COUNTERS, JournalWriter, Unrecorded
+from proxy.upstream import build_fleet
+from storage.journal import JOURNAL_COUNTERS, JournalWriter, NotRecording, Unrecorded
 
 log = logging.getLogger("burstgate.gateway")
 
-CLIENT_KEEP_ALIVE_S = 75
-"""Longer than the idle timeouts of common load balancers and SDKs, so that they close first."""
 MAINTENANCE_S = 1.0
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DROPPED_IO = JOURNAL_COUNTERS.index("dropped_io")
@@ -43,42 +41,32 @@ GC_THRESHOLD = (50_000, 20, 50)
 
 
 class GatewayApp(FastAPI):
-    """FastAPI for the lifespan; every HTTP request goes straight to the gateway.
+    """FastAPI for the lifespan. No HTTP request comes through it: `server_config` gives uvicorn a protocol of our own.
 
-    Each path and method belongs to the upstream, so there is nothing to route, and the router's and middleware's cost
-    (about 60 µs a request) buys nothing.
+    Each path and method belongs to the upstream, so there is nothing to route; and ASGI's cycle with its tasks and
+    messages costs more than everything that the gateway does for a request.
     """
 
     gateway: Gateway
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI entry."""
-        if scope["type"] == "http":
-            await self.gateway(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+    loop: asyncio.AbstractEventLoop
 
 
 def build_gateway(settings: Settings) -> Gateway:
     """Open the journal, the session table and the upstreams. Raises OSError, but not for a journal on a full disk."""
-    journal: JournalWriter | Unrecorded
+    journal: Journal
     try:
-        journal = _open_journal(settings)
+        if settings.record.enabled:
+            journal = _open_journal(settings)
+        else:
+            journal = NotRecording(settings.journal_dir, uuid7(time.time()), counter_names=WORKER_COUNTERS)
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
         log.error("requests are not recorded until the disk has room: %s", error)
         journal = Unrecorded(WORKER_COUNTERS)
-    timeouts = settings.timeouts
-    fleet = Fleet(
-        [
-            Upstream(url, connect_timeout_s=timeouts.connect_s, idle_s=timeouts.upstream_idle_s)
-            for url in settings.upstreams
-        ]
-    )
-    sessions = SessionTable(settings.data_dir / "sessions.table") if settings.sessions.infer else None
+    sessions = SessionTable(settings.data_dir / "sessions.table")
     metrics = WorkerMetrics(journal.slots)
-    return Gateway(settings, fleet, journal, metrics, sessions, load_secret(settings.data_dir))
+    return Gateway(settings, build_fleet(settings), journal, metrics, sessions, load_secret(settings.data_dir))
 
 
 def _open_journal(settings: Settings, taking_over: Unrecorded | None = None) -> JournalWriter:
@@ -105,15 +93,17 @@ def build_app(settings: Settings) -> GatewayApp:
             log.critical("can not start: %s", error)  # uvicorn would keep the reason to itself
             raise
         app.gateway = gateway
-        async with asyncio.TaskGroup() as tasks:
-            upkeep = tasks.create_task(_maintain(gateway))
-            async with gateway.watch.running(tasks):
-                yield
-            upkeep.cancel()
+        app.loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as tasks, gateway.fleet.running():
+            chores = [tasks.create_task(_maintain(gateway)), tasks.create_task(gateway.watch.run())]
+            yield
+            for chore in chores:
+                chore.cancel()
+        gateway.stop()
+        await asyncio.sleep(0)  # the connections cut there say so
         gateway.fleet.close()
         await asyncio.to_thread(gateway.journal.close)
-        if gateway.sessions is not None:
-            gateway.sessions.close()
+        gateway.sessions.close()
 
     return GatewayApp(lifespan=lifespan, openapi_url=None)
 
@@ -141,96 +131,16 @@ async def _maintain(gateway: Gateway) -> None:
             log.error("the journal could not be looked after: %s", error)
 
 
-class _UnchunkedCycle(RequestResponseCycle):
-    """uvicorn's side of one HTTP/1.0 request: no transfer coding (RFC 9112, section 6.1), the end closes."""
-
-    async def send(self, message: Any) -> None:
-        """As uvicorn's, with each piece as long as it is."""
-        self.chunked_encoding = False
-        self.expected_content_length = len(message.get("body", b""))
-        await super().send(message)
-
-
-class GatewayProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with a bound on the request head, and refusals in OpenAI's envelope."""
-
-    limit_bytes = 65536
-    _head_bytes = 0
-    _piece_bytes = 0
-    _is_in_head = False
-    _refusal: GatewayError | None = None
-    _running: RequestResponseCycle | None = None
-
-    def data_received(self, data: bytes) -> None:
-        """Refuse a head that does not end within the limit."""
-        self._piece_bytes = len(data)
-        super().data_received(data)
-        if self._is_in_head:
-            self._head_bytes += self._piece_bytes
-            if self._head_bytes > self.limit_bytes and not self.transport.is_closing():
-                self._refuse_head()
-                self.send_400_response("")
-
-    def on_message_begin(self) -> None:
-        """A head begins."""
-        self._head_bytes = 0
-        self._is_in_head = True
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        """Refuse a head that came at once and is too large."""
-        self._is_in_head = False
-        if self._head_bytes + self._piece_bytes > self.limit_bytes:
-            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-            if size > self.limit_bytes:
-                self._refuse_head()
-                raise ValueError("request head too large")
-        super().on_headers_complete()
-        if self.url.endswith(b"?") and not self.scope["query_string"]:
-            self.scope["raw_path"] += b"?"  # an empty query, which ASGI can not tell from none
-        if self.scope["http_version"] == "1.0":
-            self.cycle.__class__ = _UnchunkedCycle
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._running = cycle
-        super()._start_asgi_task(cycle, app)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the request that runs, too, and not only the newest of a pipeline."""
-        if self._running is not None and self._running is not self.cycle:
-            self._running.disconnected = True
-            self._running.message_event.set()
-        super().connection_lost(exc)
-
-    def on_message_complete(self) -> None:
-        """What lies before the next head does not count as one."""
-        self._piece_bytes = 0
-        super().on_message_complete()
-
-    def _refuse_head(self) -> None:
-        self._refusal = GatewayError(
-            431, "request_header_fields_too_large", f"request line and headers over {self.limit_bytes} bytes"
-        )
-
-    def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls for bytes that are no HTTP request."""
-        error = self._refusal or GatewayError(400, "invalid_http", msg or "Invalid HTTP request received.")
-        reason = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}[error.status]
-        body = error_body(error)
-        self.transport.write(
-            b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
-            % (error.status, reason, len(body), body)
-        )
-        self.transport.close()
-
-
 def server_config(app: Any, settings: Settings) -> uvicorn.Config:
     """How uvicorn runs a worker."""
-    protocol = type("Protocol", (GatewayProtocol,), {"limit_bytes": int(settings.limits.headers)})
+
+    def connection(*, _loop: asyncio.AbstractEventLoop | None = None, server_state: Any, **_: Any) -> ClientConnection:
+        return ClientConnection(app.gateway, _loop or asyncio.get_running_loop(), server_state.connections)
+
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http=protocol,
+        http=cast("type[asyncio.Protocol]", connection),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -239,7 +149,6 @@ def server_config(app: Any, settings: Settings) -> uvicorn.Config:
         date_header=False,
         proxy_headers=False,
         backlog=4096,
-        timeout_keep_alive=CLIENT_KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, int(settings.timeouts.drain_s)),
     )
 
@@ -254,17 +163,34 @@ def raise_descriptor_limit() -> None:
 def run_worker(task: ChildTask) -> None:
     """Serve until told to stop."""
     raise_descriptor_limit()
-    settings = task.settings
-    server = uvicorn.Server(server_config(build_app(settings), settings))
+    app = build_app(task.settings)
+    server = uvicorn.Server(server_config(app, task.settings))
 
     def stop() -> None:
         server.should_exit = True
 
-    watch_parent(stop)
+    def reload(settings: Settings) -> None:
+        """From another thread; raises what the gateway says to the settings."""
+        done: Future[None] = Future()
+
+        def apply() -> None:
+            try:
+                app.gateway.apply(settings)
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        while not server.started:
+            time.sleep(0.01)
+        app.loop.call_soon_threadsafe(apply)
+        done.result()
+
+    watch_parent(stop, reload)
     task.tell_ready_when(lambda: server.started)
     gc.freeze()  # what the imports made stays for good: no collection need look at it
     gc.set_threshold(*GC_THRESHOLD)
-    server.run(sockets=[socket.socket(fileno=task.socket_fd)])
+    server.run(sockets=[socket.socket(fileno=fd) for fd in task.socket_fds])
     if not server.started:
         sys.exit(1)
 

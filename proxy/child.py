@@ -1,4 +1,8 @@
-"""How a supervised process learns what to do, says that it is ready, and notices that its supervisor is gone."""
+"""How a supervised process learns what to do, says that it is ready, and notices that its supervisor is gone.
+
+Its standard input is a pipe from the supervisor with one JSON object a line: the task first, then, at any time, new
+settings (`{"settings": ...}`). The end of the pipe is the end of the supervisor.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from proxy.settings import ConfigError, Settings
+from proxy.settings import ConfigError, Settings, validate
+
+log = logging.getLogger("burstgate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +31,13 @@ class ChildTask:
     """The listening socket it inherits; -1 for a process without one."""
     ready_fd: int
     """A pipe on which it says that it is ready; -1 when nobody waits."""
+    more_socket_fds: tuple[int, ...] = ()
+    """Further listening sockets of the same address, when there are more sockets than workers."""
+
+    @property
+    def socket_fds(self) -> tuple[int, ...]:
+        """All listening sockets that it inherits."""
+        return (self.socket_fd, *self.more_socket_fds) if self.socket_fd >= 0 else ()
 
     def tell_ready(self) -> None:
         """Say that the process does its work now."""
@@ -50,8 +63,14 @@ def encode_task(task: ChildTask) -> bytes:
         "settings": json.loads(task.settings.model_dump_json()),
         "socket_fd": task.socket_fd,
         "ready_fd": task.ready_fd,
+        "more_socket_fds": task.more_socket_fds,
     }
     return json.dumps(fields).encode() + b"\n"
+
+
+def encode_settings(settings: Settings) -> bytes:
+    """The line that gives a running process new settings."""
+    return b'{"settings":%b}\n' % settings.model_dump_json().encode()
 
 
 def configure_logging(name: str) -> None:
@@ -64,29 +83,51 @@ def configure_logging(name: str) -> None:
 
 
 def read_task(name: str) -> ChildTask:
-    """The process's task, from standard input. Ctrl-C is the supervisor's business and is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The process's task, from standard input. Raises ConfigError.
+
+    Ctrl-C, and what `systemctl kill` sends to every process of a service, is the supervisor's business and is ignored.
+    """
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
     configure_logging(name)
-    fields = json.loads(sys.stdin.buffer.readline())
-    return ChildTask(Settings.model_validate(fields["settings"]), fields["socket_fd"], fields["ready_fd"])
+    line = bytearray()
+    while (byte := os.read(0, 1)) not in (b"\n", b""):  # what lies behind the line is for `watch_parent`
+        line += byte
+    fields = json.loads(line)
+    return ChildTask(
+        validate(fields["settings"], {}),
+        fields["socket_fd"],
+        fields["ready_fd"],
+        tuple(fields["more_socket_fds"]),
+    )
 
 
 def run_child(name: str, main: Callable[[ChildTask], None]) -> None:
     """A supervised process's life. What keeps it from its work is one line on standard error and exit status 1."""
-    task = read_task(name)
     try:
-        main(task)
+        main(read_task(name))
     except (ConfigError, OSError) as error:
-        logging.getLogger("burstgate").critical("%s", error)
+        log.critical("%s", error)
         sys.exit(1)
 
 
-def watch_parent(stop: Callable[[], None]) -> None:
-    """Call `stop` when standard input ends."""
+def watch_parent(stop: Callable[[], None], reload: Callable[[Settings], None] | None = None) -> None:
+    """Call `stop` when standard input ends, and `reload` with each new settings that come; both from a thread."""
 
     def wait() -> None:
-        while os.read(0, 4096):
-            pass
+        rest = b""
+        while data := os.read(0, 65536):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                if reload is not None:
+                    _take_settings(line, reload)
         stop()
 
     threading.Thread(target=wait, daemon=True, name="watch-parent").start()
+
+
+def _take_settings(line: bytes, reload: Callable[[Settings], None]) -> None:
+    try:
+        reload(validate(json.loads(line)["settings"], {}))
+    except (ValueError, OSError) as error:  # a supervisor of a later version may say what this process does not know
+        log.error("new settings can not be used, the old ones stay: %s", error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import importlib.metadata
 import os
 import sys
@@ -75,33 +76,54 @@ def serve(
     database_url: DatabaseUrl = None,
     workers: Annotated[int | None, typer.Option(help="Gateway worker processes.  [default: 1]")] = None,
     config: Config = None,
+    check: Annotated[bool, typer.Option("--check", help="Only find out whether it would start.")] = False,
 ) -> None:
-    """Run the gateway: workers, recorder and control plane."""
-    from proxy.supervisor import Supervisor
+    """Run the gateway: workers, recorder and control plane. SIGHUP reloads, SIGUSR2 restarts without downtime."""
+    from proxy.handover import take_handover
+    from proxy.supervisor import Supervisor, settings_after
     from storage.engine import open_engine
 
-    loaded = _load(
-        config,
-        upstreams=tuple(upstream) if upstream else None,
-        host=host,
-        port=port,
-        control_host=control_host,
-        control_port=control_port,
-        data_dir=data_dir,
-        database_url=database_url,
-        workers=workers,
-    )
-    settings = loaded.settings
-    if not settings.upstreams:
-        raise ConfigError("upstreams: name at least one, as in --upstream http://127.0.0.1:8000")
-    _prepare_data_dir(settings)
-    open_engine(settings.database).dispose()
-    say = Console(stderr=True, highlight=False).print
-    supervisor = Supervisor(settings, say=lambda line: print(f"burstgate: {line}", file=sys.stderr))
-    gateway, control = supervisor.start()
-    say(f"gateway   {gateway} -> {', '.join(settings.upstreams)}")
-    say(f"control   {control} (/metrics, /api/v1/status, /api/v1/doctor)")
-    say(f"recording {show_value(settings.database)}")
+    flags = {
+        "upstreams": tuple(upstream) if upstream else None,
+        "host": host,
+        "port": port,
+        "control_host": control_host,
+        "control_port": control_port,
+        "data_dir": data_dir,
+        "database_url": database_url,
+        "workers": workers,
+    }
+
+    def load() -> Settings:
+        settings = _load(config, **flags).settings
+        if not settings.upstreams:
+            raise ConfigError("upstreams: name at least one, as in --upstream http://127.0.0.1:8000")
+        return settings
+
+    def warn(line: str) -> None:
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            print(f"burstgate: {line}", file=sys.stderr, flush=True)
+
+    handover = None if check else take_handover()
+    settings = load() if handover is None else settings_after(handover, load, warn)
+    if handover is None:  # else the trial run has done it: from here on, nothing may fail
+        _prepare_data_dir(settings)
+        open_engine(settings.database).dispose()
+    if check:
+        for module in ("proxy.app", "proxy.record", "proxy.control"):
+            importlib.import_module(module)
+        print("ok")
+        return
+    supervisor = Supervisor(settings, say=warn, load=load)
+    supervisor.catch_signals()
+    if handover is not None:
+        supervisor.take_over(handover)
+    else:
+        gateway, control = supervisor.start()
+        say = Console(stderr=True, highlight=False).print
+        say(f"gateway   {gateway} -> {', '.join(map(str, settings.upstreams))}")
+        say(f"control   {control} (/metrics, /api/v1/status, /api/v1/doctor)")
+        say(f"recording {show_value(settings.database)}")
     supervisor.run()
 
 

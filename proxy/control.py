@@ -101,7 +101,7 @@ class Status(msgspec.Struct, frozen=True):
 
 
 def build_control(settings: Settings) -> FastAPI:
-    """The control plane's application."""
+    """The control plane's application. New settings go to its `state.settings`."""
     balances = _Balances(settings)
     registry = CollectorRegistry()
     registry.register(_Metrics(settings, balances))
@@ -122,6 +122,8 @@ def build_control(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
 
+    app.state.settings = settings
+
     def as_json(value: object) -> Response:
         return Response(msgspec.json.encode(value), media_type="application/json")
 
@@ -139,13 +141,14 @@ def build_control(settings: Settings) -> FastAPI:
     def status() -> Response:
         """What runs, in one look."""
         values = sum_counters(settings.journal_dir)
+        now: Settings = app.state.settings
         return as_json(
             Status(
                 version,
                 settings.gateway,
-                settings.upstreams,
+                tuple(map(str, now.upstreams)),
                 live_writers(settings.journal_dir),
-                settings.workers,
+                now.workers,
                 values.get("in_flight", 0),
                 values.get("accepted", 0),
                 {reason: values.get(f"dropped_{reason}", 0) for reason in ("budget", "io")},
@@ -159,7 +162,7 @@ def build_control(settings: Settings) -> FastAPI:
     @app.get("/api/v1/doctor")
     def doctor() -> Response:
         """The same checks as `burstgate doctor`."""
-        checks: list[Check] = list(diagnose(settings))
+        checks: list[Check] = list(diagnose(app.state.settings))
         return as_json({"ok": all(check.is_ok is not False for check in checks), "checks": checks})
 
     return app
@@ -167,8 +170,9 @@ def build_control(settings: Settings) -> FastAPI:
 
 def run_control(task: ChildTask) -> None:
     """Serve until told to stop."""
+    app = build_control(task.settings)
     config = uvicorn.Config(
-        build_control(task.settings),
+        app,
         log_config=None,
         access_log=False,
         ws="none",
@@ -179,7 +183,10 @@ def run_control(task: ChildTask) -> None:
     def stop() -> None:
         server.should_exit = True
 
-    watch_parent(stop)
+    def reload(settings: Settings) -> None:
+        app.state.settings = settings
+
+    watch_parent(stop, reload)
     task.tell_ready_when(lambda: server.started)
     server.run(sockets=[socket.socket(fileno=task.socket_fd)])
 

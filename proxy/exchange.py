@@ -3,30 +3,38 @@
 The order that matters: the request's body is read; its begin goes to the journal; it is sent; every piece of the answer
 is accounted for and passed on; and before the piece that makes the answer whole for its client is passed on, the record
 goes to the journal. A record is made once, by whoever comes first: the answer's end, a failure, the client's leaving.
+
+No task belongs to a request that finds an idle connection to its upstream: what arrives on either side calls it, and it
+does then what can be done. Only making a connection, sending on an upload and asking several upstreams wait in a task.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections import deque
+from collections.abc import Callable, Coroutine
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
-from proxy.errors import GatewayError, error_body, error_headers
+from proxy.errors import GatewayError, error_body
+from proxy.prefix import prefix_blocks
 from proxy.request_head import LOG_TYPES, RequestHead, clean, countable
+from proxy.server import ClientConnection, Incoming
 from proxy.sessions import ConversationKeys, SessionTable, conversation_keys, response_key
 from proxy.settings import Settings
 from proxy.telemetry import WorkerMetrics
-from proxy.upstream import Fleet, Upstream
+from proxy.upstream import Fleet, Selection, Upstream
 from proxy.watch import Timers, Watch
-from storage.journal import Begun, JournalWriter, Unrecorded
+from storage.journal import Begun, JournalWriter, NotRecording, Unrecorded
 from traces.record import LogType, Outcome, TokenSource, TraceRecord
 from wire import latency
 from wire.accounting import Account, Accounted, NoAccount, StreamAccount, UnaryAccount
-from wire.http import ConnectFailed, ConnectionLost, Exchange
-from wire.http1 import BadResponse, Headers
+from wire.http import ConnectFailed, Exchange
+from wire.http1 import BadResponse, Headers, encode_lines
 from wire.openai import (
     NO_FACTS,
     USAGE_ON_REQUEST,
@@ -36,23 +44,25 @@ from wire.openai import (
     family_of,
     read_form,
     read_request,
+    with_model,
 )
 
 log = logging.getLogger("burstgate.gateway")
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+Journal = JournalWriter | NotRecording | Unrecorded
 
 STREAM_BODY_BYTES = 1024 * 1024
 """A body that is not JSON is sent on as it comes beyond this; JSON is read whole (up to `limits.body`)."""
+UPLOAD_AHEAD_BYTES = 256 * 1024
+"""Of such a body, what may wait for the upstream before the client is held back."""
 # RFC 9110, section 7.6.1.
 _RESPONSE_HOP_BY_HOP = frozenset({
-    b"connection", b"keep-alive", b"proxy-connection", b"trailer", b"transfer-encoding", b"upgrade",
+    b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade",
     b"x-request-id",
 })  # fmt: skip
-_VIA = (b"via", b"1.1 burstgate")
+_WITH_LENGTH = frozenset({b"POST", b"PUT", b"PATCH"})
+"""Methods whose empty body has a Content-Length (RFC 9110, section 8.6)."""
+_SSE_COMMENT = b": keep-alive\n\n"
 
 
 def uuid7(wall_s: float, draw: Callable[[int], int] = random.getrandbits) -> str:
@@ -69,190 +79,356 @@ def _session_text(session: bytes) -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
-class ClientGone(Exception):
-    """The client left while its request was being read."""
+@functools.lru_cache(maxsize=1024)
+def _route(target: bytes) -> tuple[bytes, str, Family, str]:
+    """A request target as it goes to the upstream, its decoded path, that path's family, and as it is recorded."""
+    if not target.startswith(b"/") and target != b"*":  # absolute form (RFC 9112, section 3.2.2)
+        _, _, rest = target.partition(b"://")
+        slash = rest.find(b"/")
+        question = rest.find(b"?")
+        if slash < 0 or 0 <= question < slash:
+            target = b"/" + (rest[question:] if question >= 0 else b"")
+        else:
+            target = rest[slash:]
+    path = unquote_to_bytes(target.partition(b"?")[0]).decode("utf-8", "replace")
+    return target, path, family_of(path), clean(path[:200]) or ""
 
 
 class Gateway:
-    """The data plane of one worker: a raw ASGI application."""
+    """The data plane of one worker."""
 
     def __init__(
         self,
         settings: Settings,
         fleet: Fleet,
-        journal: JournalWriter | Unrecorded,
+        journal: Journal,
         metrics: WorkerMetrics,
-        sessions: SessionTable | None,
+        sessions: SessionTable,
         secret: bytes,
     ) -> None:
-        self.settings = settings
         self.fleet = fleet
         self.journal = journal
         self.metrics = metrics
         self.sessions = sessions
         self.secret = secret
+        self.estimates = Estimates()
+        self.connections: set[ClientConnection] = set()
+        self.watch = Watch(self.connections)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._use(settings)
+
+    def _use(self, settings: Settings) -> None:
+        self.settings = settings
+        self.name = settings.gateway
         self.session_header = settings.sessions.header.encode()
         self.log_type_header = settings.sessions.log_type_header.encode()
         self.default_log_type = LOG_TYPES.get(settings.sessions.log_type)
+        self.infers_sessions = settings.sessions.infer
         self.body_limit = int(settings.limits.body)
-        self.estimates = Estimates()
-        self.watch = Watch(settings.timeouts)
+        self.head_limit = int(settings.limits.headers)
+        self.shows_overhead = settings.response_headers.overhead
+        self.shows_upstream = settings.response_headers.upstream
+        self.keeps_prefixes = settings.record.prefix_blocks
+        self.retry_statuses = frozenset(settings.retry.statuses)
+        self.watch.timers = Timers.of(settings.timeouts)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one HTTP request."""
-        self.metrics.started()
-        try:
-            await _Request(self, scope, receive, send).run()
-        finally:
-            self.metrics.left()
+    def apply(self, settings: Settings) -> None:
+        """Take over a reloaded configuration; requests that run keep what they have been told."""
+        self._use(settings)
+        self.fleet.apply(settings)
+        for connection in self.connections:
+            connection.forget_head()
+
+    def read_head(self, headers: Headers) -> RequestHead:
+        """What a request's headers say."""
+        return RequestHead(headers, self.session_header, self.log_type_header)
+
+    def incoming(self, connection: ClientConnection, method: bytes, target: bytes, head: RequestHead) -> Request:
+        """A request begins."""
+        return Request(self, connection, method, target, head)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task for a request; it ends with the request, which cancels it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def stop(self) -> None:
+        """End what still runs: the worker has waited long enough."""
+        for request in self.watch.requests():
+            request.stopped()
+        for connection in list(self.connections):
+            connection.transport.abort()
 
 
-class _Request:
-    """The state of one request. `run` is its whole life."""
+class _Upload:
+    """A body on its way through: what the client has sent and the upstream has not taken yet."""
 
-    __slots__ = ("account", "answered", "attempts", "begun", "body_bytes", "client_gone", "error", "exchange", "facts",
-                 "family", "gateway", "head", "holds_slot", "is_over", "is_recorded", "keys", "log_type", "path",
-                 "receive", "received_at", "request_id", "scope", "send", "sends_usage", "session", "shown_id",
-                 "start_ns", "status", "timed_out", "upstream")  # fmt: skip
+    __slots__ = ("_connection", "_parts", "_waiter", "is_whole", "size")
 
-    def __init__(self, gateway: Gateway, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, connection: ClientConnection, parts: list[bytes]) -> None:
+        self._connection = connection
+        self._parts = deque(parts)
+        self._waiter: asyncio.Future[None] | None = None
+        self.size = sum(map(len, parts))
+        self.is_whole = False
+
+    def push(self, data: bytes) -> None:
+        """A piece."""
+        self._parts.append(data)
+        self.size += len(data)
+        if self.size > UPLOAD_AHEAD_BYTES:
+            self._connection.hold()
+        self._wake()
+
+    def end(self) -> None:
+        """There will be no more."""
+        self.is_whole = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> _Upload:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._parts:
+            if self.is_whole:
+                raise StopAsyncIteration
+            self._connection.release()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        part = self._parts.popleft()
+        self.size -= len(part)
+        return part
+
+
+class Request(Incoming):
+    """The state of one request."""
+
+    __slots__ = ("_body", "_comment_ns", "_has_sent", "_is_event_stream", "_is_prepared", "_is_sized", "_lines", "_parts", "_ready_ns", "_size",
+                 "_task", "_upload", "account", "answered", "begun", "body_bytes", "client_gone", "endpoint", "error",
+                 "exchange", "facts", "family", "gateway", "is_over", "is_recorded", "keys", "log_type", "model", "path", "prefix",
+                 "received_at", "request_id", "selection", "sends_usage", "session", "shown_id", "start_ns", "status",
+                 "timed_out", "upstream")  # fmt: skip
+
+    def __init__(
+        self, gateway: Gateway, connection: ClientConnection, method: bytes, target: bytes, head: RequestHead
+    ) -> None:
+        self.connection = connection
+        self.method = method
+        self.head = head
+        self.content_length = None
+        self.is_whole = False
+        self.trailers = None
         self.gateway = gateway
-        self.scope = scope
-        self.receive = receive
-        self.send = send
         self.received_at = time.time()
         self.start_ns = time.monotonic_ns()
         self.request_id = uuid7(self.received_at)
-        self.head = RequestHead(scope["headers"], gateway.session_header, gateway.log_type_header)
-        self.shown_id = self.head.request_id or self.request_id.encode()
-        self.path: str = scope["path"]
-        self.family = family_of(self.path)
+        self.shown_id = head.request_id or self.request_id.encode()
+        self.target, self.path, self.family, self.endpoint = _route(target)
         self.facts: RequestFacts = NO_FACTS
-        self.session: str | None = self.head.session
+        self.model: str | None = None
+        """As asked for, fit for a record."""
+        self.session: str | None = head.session
         self.keys: ConversationKeys | None = None
+        self.prefix: tuple[int, ...] | None = None
         self.log_type = LogType.API
         self.begun: bool | None = None
         """The record's begin is in the journal; False when it was dropped, None when it has not come to that."""
         self.is_recorded = False
         self.is_over = False
         self.answered = False
+        """The answer's head has gone to the client, or must."""
         self.client_gone = False
         self.timed_out: str | None = None
         self.error: GatewayError | None = None
         self.exchange: Exchange | None = None
+        self.selection: Selection | None = None
         self.upstream: Upstream | None = None
-        self.holds_slot = False
         self.body_bytes = 0
-        self.attempts = 0
         self.status: int | None = None
         self.sends_usage = False
-        self.account: Account = NoAccount()
+        self.account: Account = _NO_ACCOUNT
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._body = b""
+        self._upload: _Upload | None = None
+        self._task: asyncio.Task[None] | None = None
+        """Makes a connection, or sends the upload; None else."""
+        self._ready_ns = 0
+        """When it was first ready to be sent."""
+        self._comment_ns = 0
+        """When the client last got a comment."""
+        self._is_prepared = False
+        """The answer's head has been read, and `_lines` are its headers for the client."""
+        self._is_event_stream = False
+        self._is_sized = False
+        self._has_sent = False
+        """Something of the answer's body has gone to the client."""
+        self._lines = b""
+        gateway.metrics.started()
 
-    async def run(self) -> None:
-        """From the body to the record."""
-        try:
-            body = await self._read_body()
-            self._admit(body)
-            await self._forward(body)
-        except ClientGone:
-            self.client_gone = True
-            self._finish(Outcome.CLIENT_GONE)
-        except GatewayError as error:
-            await self._refuse(error)
-        except Exception:
-            log.exception("a request ended in a defect of the gateway")
-            await self._refuse(GatewayError(500, "gateway_internal_error", "the gateway failed; see its log"))
-        finally:
-            self.is_over = True
-            self.gateway.watch.remove(self)
-            if self.exchange is not None:
-                self.exchange.abort()
-            if not self.is_recorded:  # cancelled: the worker is being stopped and has waited long enough
-                self.error = self.error or GatewayError(503, "gateway_shutdown", "the gateway was stopped")
-                self._finish(Outcome.CLIENT_GONE if self.client_gone else Outcome.GATEWAY_CRASH)
+    # what the connection says -----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Its turn has come."""
+        self.gateway.watch.add(self)
+        if (self.content_length or 0) > self.gateway.body_limit or self._size > self.gateway.body_limit:
+            self._refuse(self._too_large())
+        elif self.is_whole:
+            self._whole()
+        elif self.head.expects_continue and not self._size and not self.is_http_10:
+            self.connection.ask_for_body()
+
+    def received(self, data: bytes) -> None:
+        """A piece of the body."""
+        if self.is_over or self.answered:
+            return
+        self._size += len(data)
+        if self._upload is not None:
+            if self._size > self.gateway.body_limit:
+                self._refuse(self._too_large())
+            else:
+                self._upload.push(data)
+            return
+        if self._size > self.gateway.body_limit:
+            if self.connection.current is self:
+                self._refuse(self._too_large())
+            return
+        self._parts.append(data)
+        if self._size > STREAM_BODY_BYTES and self.connection.current is self:
+            content_type = self.head.content_type
+            if content_type and b"json" not in content_type:
+                self._begin_upload()
+
+    def received_all(self) -> None:
+        """The body is whole."""
+        if self._upload is not None:
+            self._upload.end()
+        elif self.connection.current is self and not self.is_over:
+            self._whole()
+
+    def broken(self, error: GatewayError) -> None:
+        """The rest of the body can not be read."""
+        if not self.is_over:
+            self._refuse(error)
+
+    def writable(self) -> None:
+        """The client has read on."""
+        self._on_upstream()
 
     def left(self) -> None:
-        """The client has left: abort the upstream."""
+        """The client has gone: abort the upstream."""
         if not self.is_over:
             self.client_gone = True
-            if self.exchange is not None:
-                self.exchange.abort()
+            self._finish(Outcome.CLIENT_GONE)
+            self._over()
+
+    def stopped(self) -> None:
+        """The worker is being stopped, and has waited long enough."""
+        if not self.is_over:
+            self.error = self.error or GatewayError(503, "gateway_shutdown", "the gateway was stopped")
+            self._finish(Outcome.GATEWAY_CRASH)
+            self._over()
+            self.connection.cut()
+
+    def _too_large(self) -> GatewayError:
+        return GatewayError(413, "request_too_large", f"request body over {self.gateway.body_limit} bytes (limits.body)")
+
+    # what the watch says ----------------------------------------------------------------------------------------------
 
     def check_timers(self, now_ns: int, timers: Timers) -> None:
-        """Abort the upstream when one of the timers has run out."""
+        """End the exchange when one of the timers has run out; comfort a client that waits for its stream."""
+        if self.is_over or (self.answered and self.connection.is_blocked):
+            return  # waiting for a slow client is no fault of the upstream's
         exchange = self.exchange
-        if exchange is None or not exchange.is_waiting or self.timed_out is not None:
-            return
+        rule = None
         if timers.total_ns and now_ns - self.start_ns > timers.total_ns:
-            self.timed_out = f"not complete within {timers.total_ns / 1e9:g} s (timeouts.total_s)"
-        elif not self.answered:
+            rule = f"not complete within {timers.total_ns / 1e9:g} s (timeouts.total_s)"
+        elif exchange is None:
+            return
+        elif not exchange.first_byte_ns or not (self.answered or exchange.has_body):
             if timers.first_byte_ns and now_ns - exchange.sent_ns > timers.first_byte_ns:
-                self.timed_out = f"no first byte within {timers.first_byte_ns / 1e9:g} s (timeouts.first_byte_s)"
+                rule = f"no first byte within {timers.first_byte_ns / 1e9:g} s (timeouts.first_byte_s)"
         elif timers.chunk_ns and now_ns - exchange.received_ns > timers.chunk_ns:
-            self.timed_out = f"silent for {timers.chunk_ns / 1e9:g} s (timeouts.chunk_s)"
-        if self.timed_out is not None:
-            exchange.abort()
+            rule = f"silent for {timers.chunk_ns / 1e9:g} s (timeouts.chunk_s)"
+        if rule is not None:
+            self._time_out(rule)
+        elif timers.comment_ns and self._is_event_stream and exchange is not None and not exchange.has_body:
+            self._comment(now_ns, timers.comment_ns)
 
-    async def _read_body(self) -> bytes | AsyncIterator[bytes]:
-        """The whole body; for a long one that is not JSON, an iterator over it. Raises ClientGone, GatewayError."""
-        limit = self.gateway.body_limit
-        if (self.head.content_length or 0) > limit:
-            raise GatewayError(413, "request_too_large", f"request body over {limit} bytes (limits.body)")
-        message = await self.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        body: bytes = message.get("body", b"")
-        if not message.get("more_body", False):
-            return self._within(body, limit)
-        parts = [body]
-        size = len(body)
-        is_json = b"json" in self.head.content_type or not self.head.content_type
-        while True:
-            if size > limit:
-                raise GatewayError(413, "request_too_large", f"request body over {limit} bytes (limits.body)")
-            if size > STREAM_BODY_BYTES and not is_json:
-                self.facts = read_form(b"".join(parts))
-                return self._rest_of_body(parts, size)
-            message = await self.receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if not message.get("more_body", False):
-                return self._within(b"".join(parts), limit)
+    def _time_out(self, rule: str) -> None:
+        self.timed_out = rule
+        if self.selection is not None and self.exchange is not None:
+            self.selection.failed(rule) if not self.answered else self.selection.broke_off()
+        name = self.upstream.name if self.upstream is not None else "upstream"
+        error = GatewayError(504, "upstream_timeout", f"{name}: {rule}")
+        if self.answered:
+            self._break_off(b"", error, Outcome.UPSTREAM_TIMEOUT)
+        else:
+            self._refuse(error)
 
-    @staticmethod
-    def _within(body: bytes, limit: int) -> bytes:
-        if len(body) > limit:
-            raise GatewayError(413, "request_too_large", f"request body over {limit} bytes (limits.body)")
-        return body
+    def _comment(self, now_ns: int, comment_ns: int) -> None:
+        """A comment every so often while a stream's first event is awaited (a choice: its errors come too late then)."""
+        exchange = self.exchange
+        if exchange is None or self._has_sent or now_ns - (self._comment_ns or exchange.sent_ns) < comment_ns:
+            return
+        self._comment_ns = now_ns
+        if not self.answered:
+            self._begin_answer(exchange)
+        self.connection.write(_SSE_COMMENT)
 
-    async def _rest_of_body(self, parts: list[bytes], size: int) -> AsyncIterator[bytes]:
-        for part in parts:
-            yield part
-        parts.clear()
-        while True:
-            message = await self.receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            part = message.get("body", b"")
-            size += len(part)
-            if size > self.gateway.body_limit:
-                limit = self.gateway.body_limit
-                raise GatewayError(413, "request_too_large", f"request body over {limit} bytes (limits.body)")
-            yield part
-            if not message.get("more_body", False):
-                return
+    # the request ------------------------------------------------------------------------------------------------------
 
-    def _admit(self, body: bytes | AsyncIterator[bytes]) -> None:
+    def _whole(self) -> None:
+        """The body is whole: admit the request and send it."""
+        parts = self._parts
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        self._parts = []
+        if len(body) > self.gateway.body_limit:
+            self._refuse(self._too_large())
+            return
+        try:
+            self._admit(body)
+            if self.method == b"GET" and self.path == "/v1/models" and not self.gateway.fleet.is_plain:
+                self._task = self.gateway.spawn(self._list_models())
+            else:
+                self._body = body
+                self._forward()
+        except Exception:  # noqa: BLE001 (the last line of defence: one request's defect is not the worker's end)
+            self._defect()
+
+    def _begin_upload(self) -> None:
+        try:
+            self.facts = read_form(b"".join(self._parts))
+            self._upload = _Upload(self.connection, self._parts)
+            self._parts = []
+            self._admit(b"")
+            self._forward()
+        except Exception:  # noqa: BLE001 (see `_whole`)
+            self._defect()
+
+    def _defect(self) -> None:
+        log.exception("a request ended in a defect of the gateway")
+        if not self.is_over:
+            self._refuse(GatewayError(500, "gateway_internal_error", "the gateway failed; see its log"))
+
+    def _admit(self, body: bytes) -> None:
         """Read what the request says, and begin its record."""
-        if isinstance(body, bytes) and body:
+        if body:
             self.body_bytes = len(body)
             try:
                 is_form = b"multipart/form-data" in self.head.content_type
                 self.facts = read_form(body[:65536]) if is_form else read_request(body)
+                if self.gateway.keeps_prefixes or self.gateway.fleet.needs_prefix:
+                    self.prefix = prefix_blocks(body, self.gateway.secret)
             except Exception:  # noqa: BLE001 (never in the way: a defect in reading must not refuse a request)
                 self._accounting_failed()
+        self.model = clean(self.facts.model)
         self._find_session()
         self._begin()
 
@@ -260,7 +436,7 @@ class _Request:
         gateway = self.gateway
         facts = self.facts
         session = self.session or clean(facts.session_id)
-        if session is None and gateway.sessions is not None:
+        if session is None and gateway.infers_sessions:
             session = self._infer_session(gateway.sessions)
         self.session = session
         log_type = self.head.log_type or gateway.default_log_type
@@ -278,9 +454,9 @@ class _Request:
 
     def _remember(self, done: Accounted) -> None:
         """Keep the keys under which the next turn of this conversation will be recognised."""
-        table = self.gateway.sessions
-        if table is None:
+        if not self.gateway.infers_sessions:
             return
+        table = self.gateway.sessions
         session = self.session or self.request_id
         if self.keys is not None and done.answer is not None:
             key = self.keys.after(done.answer)
@@ -303,10 +479,10 @@ class _Request:
                     self.request_id,
                     self.received_at,
                     self.session,
-                    clean(self.facts.model),
+                    self.model,
                     self.log_type,
-                    None if head.request_id is None else clean(head.request_id.decode("latin-1")),
-                    clean(self.path[:200]) or "",
+                    head.client_request_id,
+                    self.endpoint,
                     self.facts.stream,
                     countable(self.facts.max_tokens),
                     head.origin,
@@ -317,163 +493,319 @@ class _Request:
             self.begun = False
             self._accounting_failed()
 
-    async def _forward(self, body: bytes | AsyncIterator[bytes]) -> None:
-        if isinstance(body, bytes):
-            self.gateway.watch.add(self)
-            exchange = await self._open(body)
-        else:
-            exchange = await self._upload(body)
-            self.gateway.watch.add(self)  # only now: until here the body's reader has heard of a client that left
-        try:
-            await exchange.wait_head()
-            headers, content_type, encoding = self._response_headers(exchange)
-            if content_type.startswith(b"text/event-stream"):
-                # vLLM sends a stream's head at once and its first event after the prefill. Until then nothing has been
-                # promised to the client, and an upstream that fails or stays silent is still an error it can read.
-                while not exchange.has_body:
-                    await exchange.wait()
-        except (ConnectionLost, BadResponse) as error:
-            raise self._upstream_failed(error) from None
-        except ConnectFailed as error:  # the retry on a fresh connection found nobody
-            raise GatewayError(502, "upstream_connect_error", str(error)) from None
-        self.status = exchange.status
-        self.account = self._new_account(content_type, encoding)
-        await self._relay(exchange, headers)
 
-    async def _upload(self, body: AsyncIterator[bytes]) -> Exchange:
-        """As `_open`, in bounded time: until the body is through, the watch's timers have nothing to look at."""
-        total_s = self.gateway.settings.timeouts.total_s
-        try:
-            async with asyncio.timeout(total_s or None):
-                return await self._open(body)
-        except TimeoutError:
-            self.timed_out = f"not complete within {total_s:g} s (timeouts.total_s)"
-            raise self._upstream_failed() from None
+    # to the upstream --------------------------------------------------------------------------------------------------
 
-    async def _open(self, body: bytes | AsyncIterator[bytes]) -> Exchange:
-        """Send the request to an upstream; to another one as long as no connection could be made."""
-        scope = self.scope
-        target: bytes = scope.get("raw_path") or self.path.encode()
-        if scope["query_string"]:
-            target = b"%b?%b" % (target, scope["query_string"])
-        headers = [*self.head.forward, (b"x-request-id", self.shown_id), _VIA]
-        method: bytes = scope["method"].encode()
-        chunked = False
-        if isinstance(body, bytes):
+    def _forward(self) -> None:
+        """Send it to the next upstream that may take it."""
+        selection = self.selection
+        if selection is None:
+            self.selection = selection = self.gateway.fleet.select(
+                model=self.facts.model, session=self.session, prefix=self.prefix or ()
+            )
+        upstream = selection.pick()
+        if upstream is None:
+            self._refuse(self.error or GatewayError(502, "upstream_connect_error", selection.problem))
+            return
+        self.upstream = upstream
+        if selection.attempts > 1:
+            self.gateway.metrics.retried()
+        if not self._ready_ns:
+            self._ready_ns = time.monotonic_ns()
+        upload = self._upload
+        body = self._body
+        if upload is None and self.trailers is None:
+            if selection.model is not None:
+                body = with_model(body, selection.model) or body
             if self.facts.stream and not self.facts.asks_usage and self.family in USAGE_ON_REQUEST:
                 asking = ask_for_usage(body, self.facts)
                 if asking is not None:
                     body = asking
                     self.sends_usage = True
-            if body or self.head.content_length is not None or method in (b"POST", b"PUT", b"PATCH"):
-                headers.append((b"content-length", b"%d" % len(body)))
-        elif self.head.content_length is not None:
-            headers.append((b"content-length", b"%d" % self.head.content_length))
+            head = self.head
+            lines = b"%bx-request-id: %b\r\n" % (head.lines, self.shown_id)
+            if body or self.content_length is not None or self.method in _WITH_LENGTH:
+                lines += b"content-length: %d\r\n" % len(body)
+            exchange = upstream.client.start(self.method, self.target, lines, body)
+            if exchange is not None:
+                exchange.listener = self._on_upstream
+                self.exchange = exchange
+                return
+            self._task = self.gateway.spawn(self._connect(upstream, lines, body))
         else:
-            chunked = True
-        failed: frozenset[int] = frozenset()
-        problem = "no upstream is configured"
-        fleet = self.gateway.fleet
-        while (index := fleet.pick(failed)) is not None:
-            self.upstream = upstream = fleet.upstreams[index]
-            self.attempts += 1
-            if self.attempts > 1:
-                self.gateway.metrics.retried()
-            upstream.in_flight += 1
-            self.holds_slot = True
-            try:
-                self.exchange = await upstream.client.request(method, target, headers, body, chunked=chunked)
-            except ConnectFailed as error:
-                self._release_slot()
-                upstream.connect_failed()
-                problem = str(error)
-                failed |= {index}
-            if self.client_gone:
-                raise ClientGone
-            if self.exchange is not None:
-                return self.exchange
-        raise GatewayError(502, "upstream_connect_error", problem)
+            self._task = self.gateway.spawn(self._send_upload(upstream, upload or _Upload(self.connection, [body])))
 
-    def _release_slot(self) -> None:
-        if self.holds_slot and self.upstream is not None:
-            self.holds_slot = False
-            self.upstream.in_flight -= 1
+    async def _connect(self, upstream: Upstream, lines: bytes, body: bytes) -> None:
+        """As `_forward`, where a connection must be made first."""
+        try:
+            exchange = await upstream.client.request(self.method, self.target, lines, body)
+        except ConnectFailed as error:
+            self._connect_failed(str(error))
+        except Exception:  # noqa: BLE001 (see `_whole`)
+            self._defect()
+        else:
+            self._sent(exchange)
 
-    def _upstream_failed(self, error: Exception | None = None) -> Exception:
-        """What a failure before the response's head means."""
-        if self.client_gone:
-            return ClientGone()
-        name = self.upstream.name if self.upstream is not None else "upstream"
-        if self.timed_out is not None:
-            return GatewayError(504, "upstream_timeout", f"{name}: {self.timed_out}")
-        if isinstance(error, BadResponse):
-            return GatewayError(502, "upstream_protocol_error", f"{name}: not an HTTP response: {error}")
-        return GatewayError(502, "upstream_disconnected", f"{name}: connection ended before a response: {error}")
+    async def _send_upload(self, upstream: Upstream, upload: _Upload) -> None:
+        """Send a body that is still arriving, or one with trailers."""
+        if self._upload is None:
+            upload.end()
+        lines = b"%bx-request-id: %b\r\n" % (self.head.lines, self.shown_id)
+        is_chunked = self.content_length is None
+        if not is_chunked:
+            lines += b"content-length: %d\r\n" % (self.content_length or 0)
+        try:
+            exchange = await upstream.client.request(
+                self.method, self.target, lines, upload, chunked=is_chunked, trailers=lambda: self.trailers or []
+            )
+        except ConnectFailed as error:
+            self._connect_failed(str(error))
+        except Exception:  # noqa: BLE001 (see `_whole`)
+            self._defect()
+        else:
+            self._sent(exchange)
 
-    async def _relay(self, exchange: Exchange, headers: Headers) -> None:
-        """Pass the answer on, accounting for it."""
-        send = self.send
-        self.answered = True
-        await send({"type": "http.response.start", "status": exchange.status, "headers": headers})
-        while True:
+    def _connect_failed(self, problem: str) -> None:
+        self._task = None
+        if self.selection is not None and not self.is_over:
+            self.selection.connect_failed(problem)
+            self._forward()
+
+    def _sent(self, exchange: Exchange) -> None:
+        self._task = None
+        self.exchange = exchange
+        if self.is_over:
+            exchange.abort()
+            return
+        exchange.listener = self._on_upstream
+        self._on_upstream()
+
+    async def _list_models(self) -> None:
+        """The models of all upstreams as one list."""
+        try:
+            body = await self.gateway.fleet.models(self.head.forward)
+        except Exception:  # noqa: BLE001 (see `_whole`)
+            self._task = None
+            self._defect()
+            return
+        self._task = None
+        if body is None:
+            self._refuse(GatewayError(502, "upstream_connect_error", "no upstream listed its models"))
+        else:
+            self.status = 200
+            self._finish(Outcome.OK)
+            self._answer(200, body)
+
+    # the answer -------------------------------------------------------------------------------------------------------
+
+    def _on_upstream(self) -> None:
+        """Something has come from the upstream, or the client has read on: do what can be done now."""
+        exchange = self.exchange
+        if exchange is None or self.is_over:
+            return
+        try:
+            if not self.answered and not self._may_answer(exchange):
+                return
+            if not self.connection.is_blocked:
+                self._relay(exchange)
+        except Exception:  # noqa: BLE001 (see `_whole`)
+            self._defect()
+
+    def _on_piece(self) -> None:
+        """As `_on_upstream`, once the answer has begun: the way of every event of a stream."""
+        exchange = self.exchange
+        if exchange is None or exchange.is_complete or exchange.error is not None or self.connection.is_blocked:
+            self._on_upstream()
+            return
+        try:
             data = exchange.take()
-            is_complete = exchange.is_complete
+            account = self.account
+            data = account.feed(exchange.received_ns, data)
             if data:
-                data = self._fed(data)
-            if is_complete:
-                data += self._ended()
-                self._finish(self._outcome())
-                await send({"type": "http.response.body", "body": data, "more_body": False})
-                return
-            if data:
-                if self.account.terminal:
+                if account.terminal:
                     self._finish(self._outcome())
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-            try:
-                await exchange.wait()
-            except (ConnectionLost, BadResponse) as error:
-                await self._broke_off(error)
-                return
+                self.connection.write(data)
+        except Exception:  # noqa: BLE001 (never in the way: a defect in accounting must not break an answer)
+            self._accounting_failed()
+            self.connection.write(data)
 
-    async def _broke_off(self, error: Exception) -> None:
-        """The answer stays unfinished: returning without its end makes the server cut the client's connection."""
-        rest = self._ended()
-        if rest and not self.client_gone:
-            await self.send({"type": "http.response.body", "body": rest, "more_body": True})
-        if self.client_gone:
-            self._finish(Outcome.CLIENT_GONE)
-        elif self.timed_out is not None:
-            self.error = GatewayError(504, "upstream_timeout", self.timed_out)
-            self._finish(Outcome.UPSTREAM_TIMEOUT)
+    def _may_answer(self, exchange: Exchange) -> bool:
+        """Begin the answer, unless it must wait, is another upstream's to give, or will be an error."""
+        if exchange.interim:
+            for status, headers in exchange.interim:
+                self.connection.interim(status, headers)
+            exchange.interim.clear()
+        if exchange.has_head and not self._is_prepared:
+            if exchange.status in self.gateway.retry_statuses and self._goes_elsewhere(f"status {exchange.status}"):
+                return False
+            self._prepare(exchange)
+        # vLLM sends a stream's head at once and its first event after the prefill. Until then nothing has been promised
+        # to the client, and an upstream that fails or stays silent is still an error that it can read.
+        if exchange.has_head and (not self._is_event_stream or exchange.has_body):
+            self._begin_answer(exchange)
+            return True
+        if exchange.error is not None:
+            self._failed(exchange.error)
+        return False
+
+    def _goes_elsewhere(self, problem: str) -> bool:
+        """Whether another upstream is asked instead of passing on this one's failure."""
+        selection = self.selection
+        if selection is None:
+            return False
+        selection.failed(problem)
+        if self._upload is not None or self.trailers is not None or not selection.may_retry():
+            return False
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None:
+            exchange.listener = None
+            exchange.abort()
+        self._is_prepared = self._is_event_stream = self.sends_usage = False
+        self._forward()
+        return True
+
+    def _failed(self, error: Exception) -> None:
+        """No answer has come, and none will."""
+        if isinstance(error, ConnectFailed):  # the retry on a fresh connection found nobody
+            self.exchange = None
+            self._connect_failed(str(error))
+            return
+        name = self.upstream.name if self.upstream is not None else "upstream"
+        if isinstance(error, BadResponse):
+            self.error = GatewayError(502, "upstream_protocol_error", f"{name}: not an HTTP response: {error}")
         else:
-            self.error = GatewayError(502, "upstream_disconnected", str(error))
-            self._finish(Outcome.TRUNCATED)
+            text = f"{name}: connection ended before a response: {error}"
+            self.error = GatewayError(502, "upstream_disconnected", text)
+        if not self._goes_elsewhere(str(error)):
+            self._refuse(self.error)
 
-    def _response_headers(self, exchange: Exchange) -> tuple[Headers, bytes, bytes]:
+    def _prepare(self, exchange: Exchange) -> None:
+        """Read the answer's head: what goes to the client, and how the answer is accounted for."""
         content_type = encoding = b""
-        headers: Headers = []
+        lines: list[bytes] = []
         named: set[bytes] = set()
-        for header in exchange.headers:
-            name = header[0].lower()
-            if name in _RESPONSE_HOP_BY_HOP:
-                if name == b"connection":
-                    named.update(token.strip().lower() for token in header[1].split(b","))
+        is_sized = False
+        for name, value in exchange.headers:
+            lower = name.lower()
+            if lower in _RESPONSE_HOP_BY_HOP:
+                if lower == b"connection":
+                    named.update(token.strip().lower() for token in value.split(b","))
                 continue
-            if name == b"content-type":
-                content_type = header[1].lower()
-            elif name == b"content-encoding":
-                encoding = header[1].lower()
-            elif name == b"content-length" and exchange.status in (204, 304):
-                continue  # the server would wait for a body
-            elif name == b"location":
-                header = (header[0], self._own_location(header[1]))
-            headers.append(header)
-        if self.sends_usage and content_type.startswith(b"text/event-stream"):
-            headers = [header for header in headers if header[0].lower() != b"content-length"]
+            if lower == b"content-type":
+                content_type = value.lower()
+            elif lower == b"content-encoding":
+                encoding = value.lower()
+            elif lower == b"content-length":
+                is_sized = True
+            elif lower == b"location":
+                value = self._own_location(value)
+            lines.append(b"%b: %b\r\n" % (name, value))
+        self._is_prepared = True
+        self._is_event_stream = content_type.startswith(b"text/event-stream")
+        self._is_sized = is_sized
         if named - {b"close", b"keep-alive"}:
-            headers = [header for header in headers if header[0].lower() not in named]
-        headers.append((b"x-request-id", self.shown_id))
-        return headers, content_type, encoding
+            lines = [line for line in lines if line.partition(b":")[0].lower() not in named]
+        if is_sized and self._is_event_stream and self.sends_usage:  # its length changes
+            lines = [line for line in lines if line[:15].lower() != b"content-length:"]
+            self._is_sized = False
+        self._lines = b"".join(lines)
+        self.account = self._new_account(exchange.status, content_type, encoding)
+
+    def _begin_answer(self, exchange: Exchange) -> None:
+        self.answered = True
+        self.status = exchange.status
+        self.error = None
+        if self.selection is not None:
+            self.selection.answered(exchange.status)
+        self.connection.begin(exchange.status, self._lines + self._own_lines(exchange), is_sized=self._is_sized)
+
+    def _own_lines(self, exchange: Exchange | None) -> bytes:
+        """The gateway's own headers."""
+        gateway = self.gateway
+        lines = b"x-request-id: %b\r\n" % self.shown_id
+        if gateway.shows_upstream and self.upstream is not None:
+            lines += self.upstream.header
+        if gateway.shows_overhead:
+            now_ns = time.monotonic_ns()
+            own_ns = (self._ready_ns or now_ns) - self.start_ns
+            if exchange is not None:
+                own_ns += now_ns - exchange.received_ns
+            lines += b"x-burstgate-overhead-ms: %.3f\r\n" % (own_ns / 1e6)
+        return lines
+
+    def _relay(self, exchange: Exchange) -> None:
+        """Pass on what has arrived, accounting for it."""
+        data = exchange.take()
+        if data:
+            data = self._fed(exchange, data)
+        if exchange.is_complete:
+            rest = self._ended(exchange)
+            self._finish(self._outcome())
+            self._over()
+            self.connection.end(data + rest if rest else data, exchange.trailers)
+        elif exchange.error is not None:
+            text = str(exchange.error)
+            if self.selection is not None:
+                self.selection.broke_off()
+            self._break_off(data, GatewayError(502, "upstream_disconnected", text), Outcome.TRUNCATED)
+        elif data:
+            if self.account.terminal:
+                self._finish(self._outcome())
+            self._has_sent = True
+            self.connection.write(data)
+            exchange.listener = self._on_piece
+        elif self._is_sized:
+            self.connection.flush()
+
+    def _break_off(self, data: bytes, error: GatewayError, outcome: Outcome) -> None:
+        """The answer stays unfinished, and the client's connection is cut so that it sees that."""
+        if self.exchange is not None:
+            data += self._ended(self.exchange)
+        self.error = error
+        self._finish(outcome)
+        self._over()
+        if data:
+            self.connection.write(data)
+        self.connection.cut()
+
+    def _refuse(self, error: GatewayError) -> None:
+        """Answer with the gateway's own error."""
+        outcomes = {"upstream_connect_error": Outcome.CONNECT_ERROR, "upstream_timeout": Outcome.UPSTREAM_TIMEOUT}
+        outcome = outcomes.get(error.type, Outcome.UPSTREAM_ERROR if error.status >= 500 else Outcome.INVALID_REQUEST)
+        if self.answered:
+            self._break_off(b"", error, outcome)
+            return
+        self.error = error
+        self.status = error.status
+        self._finish(outcome)
+        self._answer(error.status, error_body(error))
+
+    def _answer(self, status: int, body: bytes) -> None:
+        """An answer of the gateway's own, after its record."""
+        self.answered = True
+        lines = b"content-type: application/json\r\ncontent-length: %d\r\n%b" % (len(body), self._own_lines(None))
+        self._over()
+        self.connection.begin(status, lines, is_sized=True)
+        self.connection.end(b"" if self.method == b"HEAD" else body)
+
+    def _over(self) -> None:
+        """Nothing is done for the request any more; the upstream's connection is let go or cut."""
+        self.is_over = True
+        gateway = self.gateway
+        gateway.watch.remove(self)
+        if self.selection is not None:
+            self.selection.release()
+        exchange = self.exchange
+        if exchange is not None:
+            exchange.listener = None
+            if not exchange.is_complete:
+                exchange.abort()
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        self._upload = None
+        self._parts = []
+        gateway.metrics.left()
 
     def _own_location(self, location: bytes) -> bytes:
         """A redirect to the upstream itself, as one to the gateway: else the client's next request would pass it by."""
@@ -483,32 +815,32 @@ class _Request:
         there = (b"https://" if url.is_tls else b"http://") + url.authority + url.prefix
         if not location.startswith(there):
             return location
-        return b"%b://%b%b" % (self.scope["scheme"].encode(), self.head.host, location[len(there) :])
+        return b"http://%b%b" % (self.head.host, location[len(there) :])
 
-    def _new_account(self, content_type: bytes, encoding: bytes) -> Account:
+    def _new_account(self, status: int, content_type: bytes, encoding: bytes) -> Account:
         if encoding not in (b"", b"identity"):
-            return NoAccount()
+            return _NO_ACCOUNT
         keep = self.keys is not None
         if content_type.startswith(b"text/event-stream"):
             if self.family is Family.OTHER:
-                return NoAccount()
+                return _NO_ACCOUNT
             return StreamAccount(self.family, strip_usage=self.sends_usage, keep_answer=keep)
-        if b"json" in content_type and (self.family is not Family.OTHER or (self.status or 0) >= 400):
+        if b"json" in content_type and (self.family is not Family.OTHER or status >= 400):
             return UnaryAccount(self.family, keep_answer=keep)
-        return NoAccount()
+        return _NO_ACCOUNT
 
-    def _fed(self, data: bytes) -> bytes:
+    def _fed(self, exchange: Exchange, data: bytes) -> bytes:
         """Account for a piece; whatever breaks there, the bytes pass on."""
         try:
-            return self.account.feed(self.exchange.received_ns, data) if self.exchange is not None else data
+            return self.account.feed(exchange.received_ns, data)
         except Exception:  # noqa: BLE001 (never in the way: a defect in accounting must not break an answer)
             self._accounting_failed()
             return data
 
-    def _ended(self) -> bytes:
+    def _ended(self, exchange: Exchange) -> bytes:
         """Account for the end; returns what was still held back."""
         try:
-            return self.account.eof(self.exchange.received_ns) if self.exchange is not None else b""
+            return self.account.eof(exchange.received_ns)
         except Exception:  # noqa: BLE001 (never in the way: a defect in accounting must not break an answer)
             self._accounting_failed()
             return b""
@@ -516,7 +848,7 @@ class _Request:
     def _accounting_failed(self) -> None:
         log.exception("a request or its answer could not be accounted for")
         self.gateway.metrics.accounting_failed()
-        self.account = NoAccount()
+        self.account = _NO_ACCOUNT
 
     def _outcome(self) -> Outcome:
         """Of an answer that is whole."""
@@ -529,30 +861,11 @@ class _Request:
             return Outcome.REJECTED
         return Outcome.INVALID_REQUEST if status < 500 else Outcome.UPSTREAM_ERROR
 
-    async def _refuse(self, error: GatewayError) -> None:
-        """Answer with the gateway's own error."""
-        self.error = error
-        outcomes = {"upstream_connect_error": Outcome.CONNECT_ERROR, "upstream_timeout": Outcome.UPSTREAM_TIMEOUT}
-        outcome = outcomes.get(error.type, Outcome.UPSTREAM_ERROR if error.status >= 500 else Outcome.INVALID_REQUEST)
-        body = error_body(error)
-        if self.answered:
-            self._finish(outcome)
-            return
-        self.status = error.status
-        self.answered = True
-        self._finish(outcome)
-        headers = error_headers(body, self.shown_id)
-        if error.status == 413:
-            headers.append((b"connection", b"close"))  # the rest of the body is not read
-        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
-        await self.send({"type": "http.response.body", "body": body, "more_body": False})
-
     def _finish(self, outcome: Outcome) -> None:
         """Make the request's one record."""
         if self.is_recorded:
             return
         self.is_recorded = True
-        self._release_slot()
         try:
             self._conclude(outcome, time.monotonic_ns())
         except Exception:  # noqa: BLE001 (never in the way: a defect in recording must not break an answer)
@@ -583,7 +896,7 @@ class _Request:
     def _record(self, outcome: Outcome, done: Accounted, now_ns: int) -> TraceRecord:
         facts = self.facts
         head = self.head
-        model = clean(facts.model)
+        model = self.model
         usage = done.usage
         request_tokens = usage.request_tokens if usage is not None else None
         cached = usage.cached_tokens if usage is not None else None
@@ -605,25 +918,29 @@ class _Request:
             response_tokens=response_tokens,
             log_type=self.log_type,
             outcome=outcome,
-            client_request_id=None if head.request_id is None else clean(head.request_id.decode("latin-1")),
+            client_request_id=head.client_request_id,
             served_model=clean(done.served_model),
             status=self.status,
             error_type=clean(done.error_type) or (self.error.type if self.error is not None else None),
             ttft_s=latency.ttft_s(sent_ns, done.first_chunk_ns),
             tpot_s=latency.tpot_s(done.first_chunk_ns, done.last_chunk_ns, response_tokens),
             queue_s=None,
-            endpoint=clean(self.path[:200]) or "",
+            endpoint=self.endpoint,
             stream=facts.stream,
             upstream=self.upstream.name if self.upstream is not None else None,
-            attempts=self.attempts,
+            attempts=self.selection.attempts if self.selection is not None else 0,
             finish_reason=clean(done.finish_reason),
             cached_tokens=countable(cached),
             max_tokens=countable(facts.max_tokens),
             token_source=source,
             origin=head.origin,
             run_id=head.run_id,
-            gateway=self.gateway.settings.gateway,
+            prefix_blocks=self.prefix if self.gateway.keeps_prefixes else None,
+            gateway=self.gateway.name,
         )
+
+
+_NO_ACCOUNT = NoAccount()
 
 
 class Estimates:

@@ -32,9 +32,25 @@ def _open(settings: Settings) -> Sink:
     return open_sink(engine)
 
 
-def open_recorder(settings: Settings, *, wait_s: float = 0.0) -> Recorder:
+class HandingRecorder(Recorder):
+    """One that can hand over: it ends with the round it is at, and its successor goes on from there."""
+
+    _hands_over = False
+
+    def hand_over(self) -> None:
+        """Ask `run` to return soon, whatever is still to be read: under load there is always more."""
+        self._hands_over = True
+        self.stop()
+
+    def step(self) -> int:
+        """As ever; nothing more to do once it hands over."""
+        moved = super().step()
+        return 0 if self._hands_over else moved
+
+
+def open_recorder(settings: Settings, *, wait_s: float = 0.0) -> HandingRecorder:
     """A recorder that holds its data directory. Raises ConfigError when another does after `wait_s`, OSError."""
-    recorder = Recorder(settings.journal_dir, lambda: _open(settings))
+    recorder = HandingRecorder(settings.journal_dir, lambda: _open(settings))
     deadline_s = time.monotonic() + wait_s
     while True:
         try:
@@ -49,12 +65,16 @@ def open_recorder(settings: Settings, *, wait_s: float = 0.0) -> Recorder:
             return recorder
 
 
-def run_recorder(recorder: Recorder) -> None:
-    """Run until SIGTERM or SIGINT."""
+def run_recorder(recorder: HandingRecorder) -> None:
+    """Run until SIGTERM or SIGINT (then everything is recorded first) or SIGUSR1 (a successor waits)."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         recorder.stop()
 
+    def hand_over(signum: int, frame: FrameType | None) -> None:
+        recorder.hand_over()
+
+    signal.signal(signal.SIGUSR1, hand_over)
     signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under a supervisor
         signal.signal(signal.SIGINT, stop)

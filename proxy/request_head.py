@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from traces.record import LogType, Origin
-from wire.http1 import Headers
+from wire.http1 import Headers, encode_lines
 
 MAX_TEXT = 256
 """Texts from outside are cut to this in a record."""
@@ -14,9 +12,10 @@ MAX_COUNT = 2**40
 
 # RFC 9110, section 7.6.1, and what a proxy answers itself (Expect, section 10.1.1).
 _HOP_BY_HOP = frozenset({
-    b"connection", b"keep-alive", b"proxy-connection", b"proxy-authorization", b"te", b"trailer",
-    b"transfer-encoding", b"upgrade", b"expect", b"host",
+    b"connection", b"keep-alive", b"proxy-connection", b"proxy-authorization", b"te",
+    b"transfer-encoding", b"upgrade", b"expect", b"host", b"content-length",
 })  # fmt: skip
+_VIA = b"via: 1.1 burstgate\r\n"
 _OURS = b"x-burstgate-"
 LOG_TYPES = {
     "conversation": LogType.CONVERSATION,
@@ -41,49 +40,61 @@ def countable(number: int | None) -> int | None:
 
 
 class RequestHead:
-    """What the headers say: those to send on, and what the gateway itself needs."""
+    """What the headers say: those to send on, and what the gateway itself needs. Shared by requests with equal ones."""
 
-    __slots__ = ("content_length", "content_type", "forward", "host", "log_type", "origin", "request_id", "run_id",
-                 "session")  # fmt: skip
+    __slots__ = ("client_request_id", "content_type", "expects_continue", "forward", "host", "hosts", "lines", "log_type", "origin",
+                 "request_id", "run_id", "session", "size")  # fmt: skip
 
-    def __init__(self, headers: Iterable[tuple[bytes, bytes]], session_header: bytes, log_type_header: bytes) -> None:
+    def __init__(self, headers: Headers, session_header: bytes, log_type_header: bytes) -> None:
+        """headers: names as sent, without Content-Length."""
         self.forward: Headers = []
+        self.size = sum([len(name) + len(value) + 4 for name, value in headers])
+        """Bytes of all headers, with their separators."""
         self.content_type = b""
+        """In lower case."""
+        self.expects_continue = False
         self.host: bytes | None = None
-        self.content_length: int | None = None
+        self.hosts = 0
+        """How many Host headers there are."""
         self.request_id: bytes | None = None
+        """As sent; `client_request_id` as recorded."""
+        self.client_request_id: str | None = None
         self.session: str | None = None
         self.log_type: LogType | None = None
         self.origin = Origin.CLIENT
         self.run_id: str | None = None
         named: frozenset[bytes] = frozenset()
-        for header in headers:
-            name, value = header
-            if name in _HOP_BY_HOP:
-                if name == b"connection" and value not in (b"keep-alive", b"close"):
+        for name, value in headers:
+            lower = name.lower()
+            value = value.rstrip(b" \t")  # which llhttp leaves
+            if lower in _HOP_BY_HOP:
+                if lower == b"connection" and value.lower() not in (b"keep-alive", b"close"):
                     named |= {token.strip().lower() for token in value.split(b",")}
-                elif name == b"host":
+                elif lower == b"host":
                     self.host = value
+                    self.hosts += 1
+                elif lower == b"expect":
+                    self.expects_continue = value.lower() == b"100-continue"
                 continue
-            if name == b"content-type":
-                self.content_type = value
-            elif name == b"content-length":
-                self.content_length = int(value) if value.isdigit() else None
-                continue
-            elif name == b"x-request-id":
+            if lower == b"content-type":
+                self.content_type = value.lower()
+            elif lower == b"x-request-id":
                 self.request_id = value
+                self.client_request_id = clean(value.decode("latin-1"))
                 continue
-            if name == session_header:
+            if lower == session_header:
                 self.session = clean(value.decode("latin-1")) or None
-            if name == log_type_header:
+            if lower == log_type_header:
                 self.log_type = LOG_TYPES.get(value.decode("latin-1").strip().lower())
                 continue
-            if name.startswith(_OURS):
-                self._control(name, value)
+            if lower.startswith(_OURS):
+                self._control(lower, value)
                 continue
-            self.forward.append(header)
+            self.forward.append((name, value))
         if named:
-            self.forward = [header for header in self.forward if header[0] not in named]
+            self.forward = [header for header in self.forward if header[0].lower() not in named]
+        self.lines = encode_lines(self.forward) + _VIA
+        """As they are sent."""
 
     def _control(self, name: bytes, value: bytes) -> None:
         if name == b"x-burstgate-origin" and value == b"replay":

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import mmap
 import os
+import re
 import secrets
 import struct
 import zlib
@@ -27,12 +29,13 @@ from typing import Protocol
 
 import msgspec
 
+from wire.openai import LONG_TEXT_BYTES, cut_texts
+
 _ENTRY = struct.Struct("<16s16sI4x")
 _WAYS = 8
 _BUCKET_BYTES = _ENTRY.size * _WAYS
 _HEADER_BYTES = 64
-_SHORT_BYTES = 8192
-"""Longer texts are hashed by length, first and last half of this: tells conversations apart at bounded cost."""
+_ROLES = {role: role.encode() + b"\0" for role in ("system", "developer", "user", "assistant", "tool")}
 
 
 class _Message(msgspec.Struct, gc=False):
@@ -41,12 +44,15 @@ class _Message(msgspec.Struct, gc=False):
 
 
 class _Part(msgspec.Struct, gc=False):
-    text: str = ""
+    text: msgspec.Raw = msgspec.Raw()
 
 
 _messages_decoder = msgspec.json.Decoder(list[_Message])
 _text_decoder = msgspec.json.Decoder(str)
 _parts_decoder = msgspec.json.Decoder(list[_Part])
+_pack_length = struct.Struct("<Q").pack
+_CUT = re.compile(rb'"\xff(\d+)"')
+"""What `cut_texts` leaves of a long text."""
 
 
 class Digest(Protocol):
@@ -78,45 +84,103 @@ class ConversationKeys:
     def after(self, answer: bytes) -> bytes:
         """The key of the conversation once `answer` has been given."""
         state = self._state.copy()
-        _add(state, "assistant", answer)
+        text = _shortened(answer)
+        state.update(b"".join((_ROLES["assistant"], _pack_length(len(text)), text)))
         return state.digest()
 
 
-def _add(state: Digest, role: str, text: bytes) -> None:
-    if len(text) > _SHORT_BYTES:
-        half = _SHORT_BYTES // 2
-        text = b"%d\0%b%b" % (len(text), text[:half], text[-half:])
-    state.update(b"%b\0%d\0%b" % (role.encode("utf-8", "replace"), len(text), text))
+def _shortened(text: bytes) -> bytes:
+    """A long text as its length, beginning and end: tells conversations apart at bounded cost."""
+    return text if len(text) <= LONG_TEXT_BYTES else _ends(text, 0, len(text))
 
 
-def _text_of(content: msgspec.Raw) -> bytes:
-    raw = bytes(content)
-    if raw.startswith(b'"'):
-        if b"\\" not in raw:
-            return raw[1:-1]
-        return _text_decoder.decode(raw).encode("utf-8", "surrogatepass")
-    if raw.startswith(b"["):
-        with contextlib.suppress(msgspec.ValidationError):
-            parts = _parts_decoder.decode(raw)
-            if all(part.text for part in parts):
-                return "".join(part.text for part in parts).encode("utf-8", "surrogatepass")
-        return raw
-    return b""
+def _ends(data: bytes, start: int, end: int) -> bytes:
+    half = LONG_TEXT_BYTES // 2
+    return b"%d\0%b%b" % (end - start, data[start : start + half], data[end - half : end])
+
+
+def _decoded(inside: bytes) -> bytes:
+    if b"\\" not in inside:
+        return inside
+    return _text_decoder.decode(b'"%b"' % inside).encode("utf-8", "surrogatepass")
+
+
+class _Texts:
+    """The texts of messages, some of which were cut out of them."""
+
+    __slots__ = ("_messages", "_spans")
+
+    def __init__(self, messages: bytes, spans: list[tuple[int, int]]) -> None:
+        self._messages = messages
+        self._spans = spans
+
+    def of(self, content: bytes, *, is_answer: bool) -> bytes:
+        """What stands for a message's content, text or list of parts.
+
+        An answer is decoded, so that it equals what the gateway saw, however the client spells it. Of the rest only
+        short texts are: a client spells a long one each time as before.
+        """
+        if content.startswith(b'"'):
+            text = self._of_string(content, is_answer=is_answer)
+            return _shortened(text) if is_answer else text
+        if not content.startswith(b"["):
+            return b""
+        try:
+            parts = [bytes(part.text) for part in _parts_decoder.decode(content)]
+        except msgspec.ValidationError:
+            parts = [b""]
+        if all(part.startswith(b'"') and part != b'""' for part in parts):
+            text = b"".join([self._of_string(part, is_answer=is_answer) for part in parts])
+            return _shortened(text) if is_answer else text
+        return _shortened(_CUT.sub(self._cut_out, content) if self._spans else content)
+
+    def _of_string(self, string: bytes, *, is_answer: bool) -> bytes:
+        cut = _CUT.fullmatch(string) if self._spans else None
+        data, start, end = string, 1, len(string) - 1
+        if cut is not None:
+            data, (start, end) = self._messages, self._spans[int(cut[1])]
+        if is_answer or end - start <= LONG_TEXT_BYTES:
+            return _decoded(data[start:end])
+        return _ends(data, start, end)
+
+    def _cut_out(self, cut: re.Match[bytes]) -> bytes:
+        start, end = self._spans[int(cut[1])]
+        return b'"%b"' % self._messages[start:end]
 
 
 def conversation_keys(messages: msgspec.Raw, secret: bytes) -> ConversationKeys | None:
     """Hash a chat request's messages; None when they are not a list of messages."""
+    whole = bytes(messages)
+    cut, spans = cut_texts(whole)
+    texts = _Texts(whole, spans)
+    hashed: list[bytes] = []
+    known = 0
     try:
-        decoded = _messages_decoder.decode(messages)
-        state: Digest = hashlib.blake2b(key=secret, digest_size=16)
-        earlier = None
-        for message in decoded:
-            _add(state, message.role, _text_of(message.content))
-            if message.role == "assistant":
-                earlier = state.digest()
+        for message in _messages_decoder.decode(cut):
+            role = message.role
+            text = bytes(message.content)
+            # A byte is looked for at a third of the cost of a string of one.
+            if text[:1] != b'"' or len(text) > LONG_TEXT_BYTES or 0x5C in text or (spans and 0xFF in text):
+                text = texts.of(text, is_answer=role == "assistant")
+            else:
+                text = text[1:-1]
+            hashed += (_ROLES.get(role) or role.encode() + b"\0", _pack_length(len(text)), text)
+            if role == "assistant":
+                known = len(hashed)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         return None
+    state = _keyed(secret).copy()
+    earlier = None
+    if known:
+        state.update(b"".join(hashed[:known]))
+        earlier = state.digest()
+    state.update(b"".join(hashed[known:]))
     return ConversationKeys(state, earlier)
+
+
+@functools.lru_cache(maxsize=4)
+def _keyed(secret: bytes) -> Digest:
+    return hashlib.blake2b(key=secret, digest_size=16)
 
 
 def response_key(response_id: str, secret: bytes) -> bytes:

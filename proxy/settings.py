@@ -8,16 +8,17 @@ one. Where each value came from is kept for `burstgate config show`.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from wire.http import parse_base_url
 
@@ -32,6 +33,125 @@ class ConfigError(ValueError):
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class UpstreamSettings(_Frozen):
+    """One vLLM server; as text, its URL."""
+
+    url: str = Field(description="base URL")
+    name: str | None = Field(None, pattern=r"^[!-~]{1,128}$", description="in records and answers; default: the URL")
+    weight: float = Field(1.0, gt=0, le=100, description="share of the load, compared with the others'")
+    models: tuple[str, ...] | None = Field(None, description="what it serves; default: what its /v1/models says")
+    drain: bool = Field(False, description="no new requests; those in flight go on")
+    ca_file: Path | None = Field(None, description="certificates to trust, PEM; default: the system's")
+    cert_file: Path | None = Field(None, description="the gateway's own certificate, PEM")
+    key_file: Path | None = Field(None, description="its key, PEM; default: in cert_file")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"url": value}
+        for name in value if isinstance(value, dict) else ():
+            if name not in cls.model_fields:
+                near = difflib.get_close_matches(str(name), list(cls.model_fields), n=1, cutoff=0.0)
+                raise ValueError(f"unknown setting '{name}'; the nearest known one is '{near[0]}'")
+        return value
+
+    @field_validator("url")
+    @classmethod
+    def _is_url(cls, value: str) -> str:
+        parse_base_url(value)
+        return value
+
+    @model_validator(mode="after")
+    def _tls(self) -> UpstreamSettings:
+        files = (self.ca_file, self.cert_file, self.key_file)
+        if any(files) and not parse_base_url(self.url).is_tls:
+            raise ValueError("ca_file, cert_file and key_file are for https:// upstreams")
+        if self.key_file is not None and self.cert_file is None:
+            raise ValueError("key_file needs a cert_file")
+        return self
+
+    def __str__(self) -> str:
+        return self.url
+
+
+class BalanceSettings(_Frozen):
+    """Which upstream takes a request."""
+
+    policy: Literal["least_in_flight", "round_robin", "session", "prefix"] = Field(
+        "least_in_flight",
+        description="least_in_flight, round_robin, session (the same one for a session) or prefix (one that has seen "
+        "the prompt's beginning)",
+    )
+    max_load: float = Field(
+        1.5, gt=1, le=100, description="session and prefix: in flight at one upstream, as a multiple of its fair share"
+    )
+    prefix_entries: int = Field(
+        262_144, ge=1024, le=2**26, description="prefix: prompt blocks that a worker remembers (about 100 bytes each)"
+    )
+    slow_start_s: float = Field(
+        10.0, ge=0, description="seconds in which the weight of an upstream that is well again grows; 0 is at once"
+    )
+
+
+class HealthSettings(_Frozen):
+    """Which upstreams are passed over. Each worker judges for itself."""
+
+    path: str = Field("/health", pattern=r"^/[!-~]*$", description="probed by GET; a status below 500 is well")
+    interval_s: float = Field(5.0, ge=0, description="seconds between probes of an upstream; 0 switches them off")
+    timeout_s: float = Field(2.0, gt=0, description="for a probe or a question for models")
+    unhealthy_after: int = Field(2, ge=1, description="failed probes in a row until an upstream is down")
+    healthy_after: int = Field(1, ge=1, description="good probes in a row until it is up again")
+    models_interval_s: float = Field(
+        30.0, ge=0, description="seconds between questions for an upstream's models, with more than one; 0: never asked"
+    )
+    max_connect_failures: int = Field(1, ge=1, description="failed connections in a row until an upstream is down")
+    max_failures: int = Field(5, ge=1, description="failed requests in a row (no answer, cut off, 5xx) until ejected")
+    pause_s: float = Field(1.0, gt=0, description="first pause without requests; doubles with each that did not help")
+    max_pause_s: float = Field(60.0, gt=0, description="longest pause")
+    trials: int = Field(2, ge=1, description="requests let through after a pause; all well, it is over")
+    window_s: float = Field(30.0, gt=0, description="over which an upstream's error rate is compared with the rest's")
+    min_requests: int = Field(
+        20, ge=1, description="in that window, at the upstream and at the rest, to compare at all"
+    )
+    outlier_margin: float = Field(
+        0.3, ge=0, le=1, description="ejected when its error rate exceeds the rest's by this; 0 switches it off"
+    )
+    max_ejected_share: float = Field(
+        0.5, ge=0, le=1, description="of the fleet, ejected for failed requests at a time (at least one of several)"
+    )
+
+
+class RetrySettings(_Frozen):
+    """When a request goes to another upstream before anything was answered."""
+
+    max_attempts: int = Field(3, ge=1, le=100, description="times that a request is sent; 1: never again")
+    budget: float = Field(0.2, ge=0, le=1, description="retries of the last 10 s, as a share of the requests")
+    min_per_s: float = Field(1.0, ge=0, description="retries a second that are allowed in any case")
+    statuses: tuple[Annotated[int, Field(ge=400, le=599)], ...] = Field(
+        (502, 503, 504), description="answers for which another upstream is tried"
+    )
+
+    @field_validator("statuses", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return _split_text(value)
+
+
+class ResponseHeaderSettings(_Frozen):
+    """What the gateway adds to its answers."""
+
+    overhead: bool = Field(True, description="x-burstgate-overhead-ms: the gateway's own time until the answer began")
+    upstream: bool = Field(True, description="x-burstgate-upstream: who answered")
+
+
+class RecordSettings(_Frozen):
+    """What is recorded."""
+
+    enabled: bool = Field(True, description="false: requests are counted, and nothing is kept of them")
+    prefix_blocks: bool = Field(False, description="keyed hashes of the prompt's leading blocks, never a text")
 
 
 class JournalSettings(_Frozen):
@@ -54,6 +174,9 @@ class TimeoutSettings(_Frozen):
     chunk_s: float = Field(300.0, ge=0, description="between two pieces of a response")
     total_s: float = Field(3600.0, ge=0, description="for the whole exchange")
     drain_s: float = Field(30.0, ge=0, description="for requests in flight when the gateway is asked to stop")
+    sse_comment_s: float = Field(
+        0.0, ge=0, description="while a stream's first event is awaited, a comment to the client every so often"
+    )
     upstream_idle_s: float = Field(4.0, ge=0, description="how long an idle upstream connection is reused (vLLM: 5 s)")
 
 
@@ -85,7 +208,15 @@ class SessionSettings(_Frozen):
 class Settings(_Frozen):
     """Everything that `burstgate serve` can be told."""
 
-    upstreams: tuple[str, ...] = Field((), description="base URLs of the vLLM servers")
+    upstreams: tuple[UpstreamSettings, ...] = Field(
+        (),
+        description="base URLs of the vLLM servers; in the file also mappings of url, name, weight, models, drain, "
+        "ca_file, cert_file, key_file",
+    )
+    aliases: dict[str, str] = Field({}, description="other names for models: {alias: model}")
+    fallbacks: dict[str, tuple[str, ...]] = Field(
+        {}, description="models to take where nobody who is well serves one: {model: [other, ...]}"
+    )
     host: str = Field("127.0.0.1", description="address of the gateway")
     port: int = Field(8080, ge=0, le=65535, description="port of the gateway; 0 takes a free one")
     control_host: str = Field("127.0.0.1", description="address of the control plane")
@@ -98,17 +229,49 @@ class Settings(_Frozen):
     timeouts: TimeoutSettings = TimeoutSettings()
     limits: LimitSettings = LimitSettings()
     sessions: SessionSettings = SessionSettings()
+    balance: BalanceSettings = BalanceSettings()
+    health: HealthSettings = HealthSettings()
+    retry: RetrySettings = RetrySettings()
+    record: RecordSettings = RecordSettings()
+    response_headers: ResponseHeaderSettings = ResponseHeaderSettings()
 
     @field_validator("upstreams", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(part for part in re.split(r"[,\s]+", value) if part) if isinstance(value, str) else value
+        return _split_text(value)
 
     @field_validator("upstreams")
     @classmethod
-    def _urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len({parse_base_url(url).text for url in value}) != len(value):
+    def _differ(cls, value: tuple[UpstreamSettings, ...]) -> tuple[UpstreamSettings, ...]:
+        urls = [parse_base_url(upstream.url).text for upstream in value]
+        names = [upstream.name or url for upstream, url in zip(value, urls, strict=True)]
+        if len(set(urls)) != len(value) or len(set(names)) != len(value):
             raise ValueError("each upstream may be named once")
+        return value
+
+    @field_validator("aliases", "fallbacks", mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                value = yaml.safe_load(value)
+            except (yaml.YAMLError, RecursionError):
+                raise ValueError("expected a mapping, as in {name: model}") from None
+        return {} if value is None else value
+
+    @field_validator("fallbacks", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {model: (other,) if isinstance(other, str) else other for model, other in value.items()}
+        return value
+
+    @field_validator("aliases")
+    @classmethod
+    def _one_step(cls, value: dict[str, str]) -> dict[str, str]:
+        for alias, model in value.items():
+            if model in value:
+                raise ValueError(f"'{alias}' stands for '{model}', which is itself an alias; name the model")
         return value
 
     @property
@@ -120,6 +283,47 @@ class Settings(_Frozen):
     def journal_dir(self) -> Path:
         """Where the writers' directories lie."""
         return self.data_dir / "journal"
+
+
+NEED_STOP = ("host", "port", "control_host", "control_port", "data_dir", "database_url")
+"""Settings, or groups of them, that a running installation keeps until it is stopped and started."""
+NEED_RESTART = ("gateway", "journal")
+"""Those that new processes take up: a zero-downtime restart will do. All others change while running."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One setting that differs."""
+
+    key: str
+    old: str
+    new: str
+    """Both as they are shown: without secrets."""
+
+    @property
+    def group(self) -> str:
+        """The key's first part."""
+        return self.key.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old} -> {self.new}"
+
+
+def changes(old: Settings, new: Settings) -> Iterator[Change]:
+    """What differs, key by key."""
+    for key in setting_keys():
+        before, after = _value(old, key), _value(new, key)
+        if before != after:
+            yield Change(key, show_value(before), show_value(after))
+
+
+def keep(old: Settings, new: Settings, groups: Iterable[str]) -> Settings:
+    """The new settings, but for some groups."""
+    return new.model_copy(update={group: getattr(old, group) for group in groups})
+
+
+def _split_text(value: Any) -> Any:
+    return tuple(part for part in re.split(r"[,\s]+", value) if part) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +345,13 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def setting_keys() -> tuple[str, ...]:
     """Every key, dotted."""
     return tuple(_keys(Settings))
+
+
+def _value(settings: Settings, key: str) -> Any:
+    value: Any = settings
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
 
 
 def _flatten(values: Mapping[str, Any], place: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -227,19 +438,30 @@ def load_settings(
         for group in groups:
             target = target.setdefault(group, {})
         target[name] = value
+    return Loaded(validate(nested, sources), sources)
+
+
+def validate(fields: Any, sources: Mapping[str, str]) -> Settings:
+    """Settings from nested mappings. Raises ConfigError, which names the key's source."""
     try:
-        settings = Settings.model_validate(nested)
+        return Settings.model_validate(fields)
     except ValidationError as error:
         raise ConfigError(_first_problem(error, sources)) from None
-    return Loaded(settings, sources)
 
 
 def _first_problem(error: ValidationError, sources: Mapping[str, str]) -> str:
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+    parts = problem["loc"]
+    keys = set(setting_keys())
+    size = next((n for n in range(len(parts), 0, -1) if ".".join(map(str, parts[:n])) in keys), len(parts))
+    key = ".".join(map(str, parts[:size]))
     place = sources.get(key, "settings")
+    inner = [part for part in parts[size:] if isinstance(part, str) and part != "[key]"]
+    if inner == ["url"] and problem["type"] == "value_error":
+        inner = []  # the rule names it
+    within = "".join(f" {part}:" for part in inner)
     rule = problem["msg"].removeprefix("Value error, ")
-    return _without_secrets(f"{place}: {key}: {rule}, got {problem['input']!r}")
+    return _without_secrets(f"{place}: {key}:{within} {rule}, got {problem['input']!r}")
 
 
 _PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^\s'\"]*@")
@@ -254,6 +476,11 @@ def show_value(value: Any) -> str:
     """A value for people, with the passwords of a URL as `***`."""
     if isinstance(value, tuple):
         return ", ".join(show_value(part) for part in value) or "(none)"
+    if isinstance(value, dict):
+        return _without_secrets(json.dumps(value, ensure_ascii=False)) if value else "(none)"
+    if isinstance(value, UpstreamSettings):
+        said = value.model_dump(mode="json", exclude_defaults=True, exclude={"url"})
+        return _without_secrets(f"{value} {json.dumps(said, ensure_ascii=False)}" if said else str(value))
     if value is None:
         return "(none)"
     if isinstance(value, bool):
@@ -266,9 +493,7 @@ def show_value(value: Any) -> str:
 def describe(loaded: Loaded) -> Iterator[tuple[str, str, str]]:
     """Rows of (key, value, source) for every setting."""
     for key in setting_keys():
-        value: Any = loaded.settings
-        for name in key.split("."):
-            value = getattr(value, name)
+        value = _value(loaded.settings, key)
         if key == "database_url" and value is None:
             value = loaded.settings.database
         yield key, show_value(value), loaded.sources.get(key, "default")

@@ -1,31 +1,29 @@
-"""Notices clients that leave and timers that run out."""
+"""Looks after what nobody calls about: timers that run out, clients that leave unread, connections that idle."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, Self
 
+from proxy.server import SWEEP_S, ClientConnection
 from proxy.settings import TimeoutSettings
+
+log = logging.getLogger("burstgate.gateway")
 
 
 class Watched(Protocol):
     """What is watched: one request."""
 
-    @property
-    def receive(self) -> Callable[[], Awaitable[MutableMapping[str, Any]]]:
-        """Its ASGI `receive`."""
-        ...
-
-    def left(self) -> None:
-        """Its client has left."""
-        ...
-
     def check_timers(self, now_ns: int, timers: Timers) -> None:
         """Look whether a timer has run out."""
+        ...
+
+    def stopped(self) -> None:
+        """The worker is being stopped."""
         ...
 
 
@@ -33,77 +31,63 @@ class Watched(Protocol):
 class Timers:
     """Timeouts in nanoseconds; 0 is off."""
 
-    first_byte_ns: int
-    chunk_ns: int
-    total_ns: int
+    first_byte_ns: int = 0
+    chunk_ns: int = 0
+    total_ns: int = 0
+    comment_ns: int = 0
+
+    @classmethod
+    def of(cls, timeouts: TimeoutSettings) -> Self:
+        """From the settings."""
+        return cls(
+            first_byte_ns=int(timeouts.first_byte_s * 1e9),
+            chunk_ns=int(timeouts.chunk_s * 1e9),
+            total_ns=int(timeouts.total_s * 1e9),
+            comment_ns=int(timeouts.sse_comment_s * 1e9),
+        )
 
 
 class Watch:
-    """Notices clients that leave and timers that run out, for requests that live long enough to matter.
+    """All requests of a worker, and its clients' connections.
 
-    Waiting for a client's disconnect costs a task. Most plain requests are answered within milliseconds, so a request
-    gets its task only when it has lived through a whole tick: a client that leaves is noticed within two ticks.
+    A timer for each request would cost more than most requests: all are looked at every `TICK_S`, which is how much
+    later than asked a timer may end a request.
     """
 
-    TICK_S = 0.025
-    TIMER_TICKS = 10
+    TICK_S = 0.05
+    TIMER_TICKS = 4
     """Timers are checked every so many ticks."""
 
-    def __init__(self, timeouts: TimeoutSettings) -> None:
-        self._timers = Timers(
-            int(timeouts.first_byte_s * 1e9), int(timeouts.chunk_s * 1e9), int(timeouts.total_s * 1e9)
-        )
-        self._young: set[Watched] = set()
-        self._older: set[Watched] = set()
-        self._watched: set[Watched] = set()
-        self._tasks: asyncio.TaskGroup | None = None
-        self._leaving: set[asyncio.Task[None]] = set()
-        self._is_ticking = False
-        self._ticks = 0
+    def __init__(self, connections: set[ClientConnection]) -> None:
+        self.timers = Timers()
+        self._connections = connections
+        self._requests: set[Watched] = set()
+        self.add = self._requests.add
+        self.remove = self._requests.discard
 
-    @contextlib.asynccontextmanager
-    async def running(self, tasks: asyncio.TaskGroup) -> AsyncIterator[None]:
-        """Its tasks belong to this group, and end with the context."""
-        self._tasks = tasks
-        try:
-            yield
-        finally:
-            self._tasks = None
-            for task in self._leaving:
-                task.cancel()
+    def requests(self) -> Iterable[Watched]:
+        """Those that are not over, at this moment."""
+        return tuple(self._requests)
 
-    def add(self, request: Watched) -> None:
-        """Watch a request whose body has been read."""
-        self._young.add(request)
-        if not self._is_ticking:
-            self._is_ticking = True
-            asyncio.get_running_loop().call_later(self.TICK_S, self._tick)
+    async def run(self) -> None:
+        """Tick until cancelled."""
+        ticks = 0
+        next_sweep_s = time.monotonic() + SWEEP_S
+        while True:
+            await asyncio.sleep(self.TICK_S)
+            ticks += 1
+            for connection in [each for each in self._connections if each.is_held]:
+                connection.look()
+            if ticks % self.TIMER_TICKS == 0:
+                self._check_timers(time.monotonic_ns())
+            if time.monotonic() >= next_sweep_s:
+                next_sweep_s = time.monotonic() + SWEEP_S
+                for connection in tuple(self._connections):
+                    connection.sweep()
 
-    def remove(self, request: Watched) -> None:
-        """The request is over."""
-        self._young.discard(request)
-        self._older.discard(request)
-        self._watched.discard(request)
-
-    def _tick(self) -> None:
-        for request in self._older:
-            self._watched.add(request)
-            if self._tasks is not None:
-                task = self._tasks.create_task(self._wait_for_leaving(request))
-                self._leaving.add(task)
-                task.add_done_callback(self._leaving.discard)
-        self._older, self._young = self._young, set()
-        self._ticks += 1
-        if self._ticks % self.TIMER_TICKS == 0:
-            now_ns = time.monotonic_ns()
-            for request in self._watched:
-                request.check_timers(now_ns, self._timers)
-        self._is_ticking = bool(self._older or self._watched)
-        if self._is_ticking:
-            asyncio.get_running_loop().call_later(self.TICK_S, self._tick)
-
-    @staticmethod
-    async def _wait_for_leaving(request: Watched) -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        request.left()
+    def _check_timers(self, now_ns: int) -> None:
+        for request in self.requests():
+            try:
+                request.check_timers(now_ns, self.timers)
+            except Exception:
+                log.exception("a request's timers could not be checked")

@@ -28,16 +28,18 @@ def decode_frames(data: bytes) -> tuple[list[bytes], int]:
     payloads = []
     offset = 0
     end = len(data)
+    read_head, crc32 = _HEAD.unpack_from, zlib.crc32
     while end - offset > HEAD_BYTES:
-        length, crc = _HEAD.unpack_from(data, offset)
+        length, crc = read_head(data, offset)
         start = offset + HEAD_BYTES
-        if not 0 < length <= MAX_PAYLOAD_BYTES or start + length > end:
+        stop = start + length
+        if stop > end or not 0 < length <= MAX_PAYLOAD_BYTES:
             break
-        payload = data[start : start + length]
-        if zlib.crc32(payload) != crc:
+        payload = data[start:stop]
+        if crc32(payload) != crc:
             break
         payloads.append(payload)
-        offset = start + length
+        offset = stop
     return payloads, offset
 
 

@@ -99,14 +99,18 @@ def crash_record(begun: Begun, gateway: str) -> TraceRecord:
     )
 
 
-JOURNAL_COUNTERS = ("accepted", "ended", "dropped_budget", "dropped_io", "journal_bytes", "journal_unwritten")
+JOURNAL_COUNTERS = (
+    "accepted", "ended", "dropped_budget", "dropped_io", "journal_bytes", "journal_unwritten", "dropped_off",
+)  # fmt: skip
 """Slots that the journal keeps, in this order, before those of its owner.
 
 accepted: requests begun, journaled or dropped. ended: requests whose end is in the journal or in memory to be written.
-dropped_*: requests of which nothing is recorded, by reason. journal_bytes: bytes appended. journal_unwritten (a gauge):
-ends that wait in memory because the disk refused them.
+dropped_*: requests of which nothing is recorded, by reason (off: recording is switched off). journal_bytes: bytes
+appended. journal_unwritten (a gauge): ends that wait in memory because the disk refused them.
 """
-_ACCEPTED, _ENDED, _BUDGET, _IO, _BYTES, _UNWRITTEN = range(len(JOURNAL_COUNTERS))
+_ACCEPTED, _ENDED, _BUDGET, _IO, _BYTES, _UNWRITTEN, _OFF = range(len(JOURNAL_COUNTERS))
+DROP_REASONS = tuple(name.removeprefix("dropped_") for name in JOURNAL_COUNTERS if name.startswith("dropped_"))
+"""Why a request is not recorded; a counter each."""
 
 
 def segment_path(directory: Path, segment: int) -> Path:
@@ -175,6 +179,70 @@ class Unrecorded:
         """Nothing is open."""
 
 
+@contextlib.contextmanager
+def _new_writer(journal: Path, writer_id: str, counter_names: tuple[str, ...]) -> Iterator[tuple[Path, int, Counters]]:
+    """A new writer's directory, its lock and its counters. Raises OSError; then nothing is left behind.
+
+    Made under a hidden name and renamed at the end: whoever sees a writer's directory sees it locked and whole.
+    """
+    directory = journal / f".{writer_id}"
+    directory.mkdir(parents=True, mode=0o700)
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, directory, ignore_errors=True)
+        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        undo.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        counters = Counters(directory / "counters", JOURNAL_COUNTERS + counter_names)
+        undo.callback(counters.close)
+        yield directory, lock, counters
+        directory.rename(journal / writer_id)
+        undo.pop_all()
+
+
+class NotRecording:
+    """A writer that only counts, where recording is switched off: no segments, no records, the same metrics.
+
+    Its requests are accepted, dropped for the reason `off`, and ended. The interface is `JournalWriter`'s.
+    """
+
+    def __init__(self, journal: Path, writer_id: str, *, counter_names: tuple[str, ...] = ()) -> None:
+        """Create the writer's directory. Raises OSError; then nothing is left behind."""
+        self.writer_id = writer_id
+        self.directory = journal / writer_id
+        with _new_writer(journal, writer_id, counter_names) as (_, self._lock, self.counters):
+            self.slots = self.counters.slots
+        self.open_requests = 0
+        """Requests begun and not ended."""
+
+    def begin(self, begun: Begun) -> bool:
+        """Count a request."""
+        self.slots[_ACCEPTED] += 1
+        self.slots[_OFF] += 1
+        self.open_requests += 1
+        return True
+
+    def end(self, record: TraceRecord) -> None:
+        """Count its end."""
+        self.slots[_ENDED] += 1
+        self.open_requests -= 1
+
+    def retry_unwritten(self) -> None:
+        """Nothing waits."""
+
+    def refresh_budget(self) -> None:
+        """Nothing is used."""
+
+    def sync(self) -> None:
+        """Nothing was appended."""
+
+    def close(self) -> None:
+        """Let go of the lock: the recorder may finish this writer. Again is without effect."""
+        if self._lock >= 0:
+            self.counters.close()
+            os.close(self._lock)
+            self._lock = -1
+
+
 class JournalWriter:
     """One process's journal. All methods but `sync` are for one thread; none blocks on anything but write(2).
 
@@ -197,7 +265,6 @@ class JournalWriter:
         Raises OSError; then nothing is left behind.
         """
         self.writer_id = writer_id
-        self.directory = journal / writer_id
         self._journal = journal
         self._gateway = gateway
         self._segment_bytes = segment_bytes
@@ -211,25 +278,12 @@ class JournalWriter:
         self._fd = -1
         self._size = self._first_size = 0
         self._needs_segment = False
-        # Made under a hidden name and renamed: whoever sees a writer's directory sees it locked and with a segment.
-        final = self.directory
-        self.directory = journal / f".{writer_id}"
-        self.directory.mkdir(parents=True, mode=0o700)
-        undo = contextlib.ExitStack()
-        undo.callback(shutil.rmtree, self.directory, ignore_errors=True)
-        with undo:
-            self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-            undo.callback(os.close, self._lock)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-            self.counters = Counters(self.directory / "counters", JOURNAL_COUNTERS + counter_names)
-            undo.callback(self.counters.close)
+        with _new_writer(journal, writer_id, counter_names) as (self.directory, self._lock, self.counters):
             self._slots = self.counters.slots
             self._start_segment()
             if taking_over is not None:
                 self._slots[:] = taking_over.slots
-            self.directory.rename(final)
-            undo.pop_all()
-        self.directory = final
+        self.directory = journal / writer_id
         self.refresh_budget()
 
     def begin(self, begun: Begun) -> bool:

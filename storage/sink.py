@@ -170,7 +170,7 @@ def transaction(engine: sa.Engine, known_days: set[int] | None = None) -> Iterat
 
 
 def row_of(record: TraceRecord) -> Row:
-    """The record as a row of `requests`."""
+    """The record as a row of `requests`. (An enum's `value` is a call in Python, its `_value_` is not.)"""
     blocks = record.prefix_blocks
     return (
         record.request_id,
@@ -180,8 +180,8 @@ def row_of(record: TraceRecord) -> Row:
         record.model,
         record.request_tokens,
         record.response_tokens,
-        record.log_type.value,
-        record.outcome.value,
+        record.log_type._value_,
+        record.outcome._value_,
         record.client_request_id,
         record.served_model,
         record.status,
@@ -196,9 +196,9 @@ def row_of(record: TraceRecord) -> Row:
         record.finish_reason,
         record.cached_tokens,
         record.max_tokens,
-        record.token_source.value,
+        record.token_source._value_,
         None if blocks is None else struct.pack(f"<{len(blocks)}Q", *blocks),
-        record.origin.value,
+        record.origin._value_,
         record.run_id,
         record.shadow_of,
         record.tenant,
@@ -207,7 +207,6 @@ def row_of(record: TraceRecord) -> Row:
 
 
 class _SqliteTransaction:
-    _INSERT = f"INSERT INTO requests ({_COLUMN_LIST}) VALUES ({', '.join('?' * len(_COLUMNS))}) ON CONFLICT DO NOTHING"
     _FIND = (
         "SELECT request_id, received_at, session_id FROM requests"
         " WHERE received_at BETWEEN ? AND ? AND request_id = ? LIMIT 1"
@@ -221,7 +220,18 @@ class _SqliteTransaction:
         self._cursor.execute("BEGIN IMMEDIATE")
 
     def insert(self, rows: Sequence[Row]) -> int:
-        return self._cursor.executemany(self._INSERT, rows).rowcount if rows else 0
+        if not rows:
+            return 0
+        # The driver binds text and numbers at once, but looks for an adapter for each None and each bool: of a row's 30
+        # values those would cost more than the rest. So columns that are NULL in all rows are left out.
+        names: list[str] = []
+        columns: list[Iterable[object]] = []
+        for name, values in zip(_COLUMNS, zip(*rows, strict=True), strict=True):
+            if values.count(None) < len(rows):
+                names.append(name)
+                columns.append(map(int, values) if name == "stream" else values)
+        sql = f"INSERT INTO requests ({', '.join(names)}) VALUES ({', '.join('?' * len(names))}) ON CONFLICT DO NOTHING"
+        return self._cursor.executemany(sql, zip(*columns, strict=True)).rowcount
 
     def execute(self, sql: str, parameters: Sequence[object] = ()) -> int:
         return self._cursor.execute(sql, tuple(parameters)).rowcount

@@ -122,8 +122,15 @@ class StreamAccount:
 
     def feed(self, now_ns: int, data: bytes) -> bytes:
         """Account for `data`; returns what to pass on now."""
-        if not self._splitter.rest and self._counts_unread(now_ns, data):
-            return data
+        if not self._splitter.rest:
+            if self._counts_unread(now_ns, data):
+                return data
+            known = self._count_run(now_ns, data)
+            if known:
+                return data if known == len(data) else data[:known] + self._feed_rest(now_ns, data[known:])
+        return self._feed_rest(now_ns, data)
+
+    def _feed_rest(self, now_ns: int, data: bytes) -> bytes:
         blocks = self._splitter.feed(data)
         if not self._strip:
             for block in blocks:
@@ -170,6 +177,26 @@ class StreamAccount:
                         self._keep(text[0])
                     return True
         return False
+
+    def _count_run(self, now_ns: int, data: bytes) -> int:
+        """Count the events at the start of `data` that differ in their text only; returns how many bytes they have."""
+        for before, after, is_answer in self._shapes:
+            if data.startswith(before):
+                texts = data[len(before) :].split(after + before)
+                last, found, rest = texts.pop().partition(after)
+                if found:
+                    texts.append(last)
+                whole = b"".join(texts)
+                if (0x22 in whole or 0x5C in whole) and not all(map(_STRING.fullmatch, texts)):
+                    continue
+                if texts:
+                    self._content_chunks += len(texts)
+                    self._last_ns = now_ns
+                    if is_answer:
+                        self._keep(whole)
+                # Without its end, the last one begins an event that is another, or not whole yet.
+                return len(data) - len(rest) if found else len(data) - len(before) - len(last)
+        return 0
 
     def _account(self, now_ns: int, block: bytes) -> _Event:
         """Count one event; returns what it is to a stream that the usage event is taken out of."""

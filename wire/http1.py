@@ -2,7 +2,12 @@
 
 Parsing is llhttp's (through httptools), in its strict default. This module adds what a client must know beyond the
 parser: a HEAD answer has no body whatever its headers say, a 1xx answer is not the answer, a body without a length
-ends with the connection (RFC 9112, section 6.3), and which responses leave the connection reusable.
+ends with the connection (RFC 9112, section 6.3), which responses leave the connection reusable, and what llhttp lets
+pass: other versions than 1.0 and 1.1, and a Transfer-Encoding that is not exactly one `chunked` (section 7: a server
+uses no other coding unasked, and nobody here could undo one).
+
+Sizes are bounded, and refused alike wherever the bytes are cut: a head and the interim heads before it together, the
+trailers, and the interim responses that wait to be looked at.
 """
 
 from __future__ import annotations
@@ -12,117 +17,235 @@ import httptools
 Headers = list[tuple[bytes, bytes]]
 
 MAX_HEAD_BYTES = 256 * 1024
-"""Response heads beyond this are refused: nothing legitimate comes near it."""
+"""Response heads beyond this are refused, and so are trailers: nothing legitimate comes near it."""
+
+MAX_INTERIM = 16
+"""Interim responses that wait in `Response.interim`; one more is refused."""
+
+_NOT_IN_TRAILERS = frozenset({b"connection", b"host", b"keep-alive", b"trailer", b"transfer-encoding", b"upgrade"})
+"""RFC 9110, section 6.5.1: framing and routing do not belong there. (llhttp refuses a Content-Length.)"""
+
+_PARSER_ERRORS = (httptools.HttpParserError, httptools.HttpParserUpgrade)
 
 
 class BadResponse(Exception):
     """The upstream's bytes are not an HTTP/1.1 response."""
 
 
+def encode_lines(headers: Headers) -> bytes:
+    """Header lines in their order, each with its CRLF."""
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
+
+
 def encode_head(method: bytes, target: bytes, headers: Headers) -> bytes:
     """A request's start line and headers, in their order, with the blank line."""
-    lines = [b"%b %b HTTP/1.1" % (method, target)]
-    lines.extend([b"%b: %b" % header for header in headers])
-    lines.append(b"\r\n")
-    return b"\r\n".join(lines)
+    return b"%b %b HTTP/1.1\r\n%b\r\n" % (method, target, encode_lines(headers))
+
+
+class Response:
+    """What has arrived of one response. Flags only ever turn true."""
+
+    __slots__ = ("has_head", "headers", "interim", "is_complete", "parts", "status", "trailers")
+
+    def __init__(self) -> None:
+        self.status = 0
+        """Valid once `has_head`."""
+        self.headers: Headers = []
+        """As sent, in order, without white space around values."""
+        self.has_head = False
+        self.parts: list[bytes] = []
+        """The body bytes that came since it was last emptied."""
+        self.is_complete = False
+        """The whole response has arrived."""
+        self.trailers: Headers = []
+        """Whole with `is_complete`."""
+        self.interim: list[tuple[int, Headers]] = []
+        """Interim responses but for 100 (Continue), to be emptied by whoever passes them on."""
 
 
 class ResponseParser:
-    """Reads one response. `feed` as bytes arrive, `feed_eof` when the connection ends; then look at the fields.
+    """Reads the responses of one connection, one after the other, each into its own `Response`.
 
-    body holds the body bytes that came since it was last emptied. `is_complete` and `head_done` only ever turn true.
+    `begin` each but the first; `feed` as bytes arrive, `feed_eof` when the connection ends in order.
     """
 
-    __slots__ = ("_body_until_close", "_head_bytes", "_is_head", "_parser", "body", "head_done",
-                 "headers", "is_complete", "is_reusable", "status")  # fmt: skip
+    __slots__ = (
+        "_framing_bytes",
+        "_head_bytes",
+        "_is_chunked",
+        "_parser",
+        "_until_close",
+        "is_head",
+        "is_reusable",
+        "response",
+    )
 
     def __init__(self, *, is_head: bool = False) -> None:
-        self.status = 0
-        self.headers: Headers = []
-        self.body: list[bytes] = []
-        self.head_done = False
-        self.is_complete = False
+        self._parser = httptools.HttpResponseParser(self)
+        self.begin(Response(), is_head=is_head)
+
+    def begin(self, response: Response, *, is_head: bool) -> None:
+        """The next response; only after one that left the connection reusable. is_head: it answers HEAD."""
+        self.response = response
         self.is_reusable = False
         """The connection may carry another request after this response."""
-        self._is_head = is_head
+        self.is_head = is_head
         self._head_bytes = 0
-        self._body_until_close = False
-        self._parser = httptools.HttpResponseParser(self)
+        self._framing_bytes = 0
+        self._is_chunked = False
+        self._until_close = False
+
+    @property
+    def status(self) -> int:
+        """The response's status."""
+        return self.response.status
+
+    @property
+    def is_complete(self) -> bool:
+        """The whole response has arrived."""
+        return self.response.is_complete
 
     def feed(self, data: bytes) -> None:
         """Raises BadResponse; bytes after the end of the response make the connection unusable, not the response."""
-        if self.is_complete:
-            self.is_reusable = self.is_reusable and not data
+        response = self.response
+        parts = response.parts
+        before = len(parts)
+        has_head = response.has_head
+        if not has_head:
+            if self.is_head and len(lines := data.splitlines(keepends=True)) > 1:
+                for line in lines:  # so that what follows the head is seen to be too much
+                    self.feed(line)
+                return
+            data = self._within_head(data)
+        elif response.is_complete:
+            if data.strip(b"\r\n"):  # as llhttp does: empty lines before a response are nothing
+                self.is_reusable = False
             return
-        if not self.head_done:
-            room = MAX_HEAD_BYTES - self._head_bytes
-            self._head_bytes += len(data)
-            if len(data) > room:  # wherever the stream is cut, the same heads are refused
-                self._feed(data[:room])
-                if not self.head_done:
-                    raise BadResponse(f"response head over {MAX_HEAD_BYTES} bytes")
-                data = data[room:]
-        self._feed(data)
-
-    def _feed(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            raise BadResponse("the upstream switched protocols unasked") from None
-        except httptools.HttpParserError as error:
-            if not self.is_complete:
-                raise BadResponse(str(error.__context__ or error)) from None
+        except _PARSER_ERRORS as error:
+            self._failed(error)
+        if has_head:
+            if len(parts) != before:
+                self._framing_bytes = 0
+            else:  # llhttp keeps a trailer until its end comes
+                self._framing_bytes += len(data)
+                if self._framing_bytes > MAX_HEAD_BYTES:
+                    raise BadResponse(f"response trailers over {MAX_HEAD_BYTES} bytes")
+
+    def _within_head(self, data: bytes) -> bytes:
+        """Count, and parse as much as may be head; returns the rest. Wherever it is cut, the same heads are refused."""
+        room = MAX_HEAD_BYTES - self._head_bytes
+        self._head_bytes += len(data)
+        if len(data) <= room:
+            return data
+        try:
+            self._parser.feed_data(data[:room])
+        except _PARSER_ERRORS as error:
+            self._failed(error)
+        if not self.response.has_head:
+            raise BadResponse(f"response head over {MAX_HEAD_BYTES} bytes")
+        return data[room:]
+
+    def _failed(self, error: Exception) -> None:
+        if self.response.is_complete:
             self.is_reusable = False
+        elif isinstance(error, httptools.HttpParserUpgrade):
+            raise BadResponse("the upstream switched protocols unasked") from None
+        else:
+            raise BadResponse(str(error.__context__ or error)) from None
 
     def feed_eof(self) -> None:
-        """The connection has ended; a body without a length is now whole."""
+        """The connection has ended in order; a body without a length is now whole."""
         self.is_reusable = False
-        if self.head_done and self._body_until_close:
-            self.is_complete = True
+        if self._until_close:
+            self.response.is_complete = True
 
     # llhttp's callbacks
     def on_message_begin(self) -> None:
         """A message after the answer was not asked for."""
-        if self.is_complete:
+        if self.response.is_complete:
             self.is_reusable = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Collect, without the white space that llhttp leaves; what comes after the head is a trailer, and left out."""
-        if not self.head_done:
-            self.headers.append((name, value.rstrip(b" \t")))
+        """Collect, without the white space (blanks and tabs) that llhttp leaves behind a value."""
+        response = self.response
+        if not response.has_head:
+            if len(name) == 17 and name.lower() == b"transfer-encoding":
+                # llhttp takes what it does not know for a body until close: `gzip`, two lines, even a tab at the end.
+                if self._is_chunked or value.rstrip(b" ").lower() != b"chunked":
+                    raise BadResponse("Transfer-Encoding: expected one 'chunked'")
+                self._is_chunked = True
+            response.headers.append((name, value.rstrip()))
+        elif not response.is_complete:
+            self._head_bytes += len(name) + len(value)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                raise BadResponse(f"response trailers over {MAX_HEAD_BYTES} bytes")
+            if name.lower() not in _NOT_IN_TRAILERS:
+                response.trailers.append((name, value.rstrip()))
 
     def on_headers_complete(self) -> None:
         """The head is whole, unless it is an interim one."""
-        if self.head_done:
+        response = self.response
+        if response.has_head:
             return
         status = self._parser.get_status_code()
         if status < 200:
-            if status < 100:
-                raise BadResponse(f"status {status:03}")
-            self.headers = []
+            self._interim(status)
             return
-        self.status = status
-        self.head_done = True
-        framed = status in (204, 304)
-        for name, value in self.headers:
-            if len(name) == 14 and name.lower() == b"content-length":
-                framed = True
-            elif len(name) == 17 and name.lower() == b"transfer-encoding":
-                framed = value.lower().endswith(b"chunked")
-        self._body_until_close = not framed
-        if self._is_head:
-            self.is_reusable = self._parser.should_keep_alive()
-            self.is_complete = True
+        is_kept = self._parser.should_keep_alive()
+        is_plain = is_kept  # without a Connection header llhttp keeps HTTP/1.1 only, and only with an end in sight
+        for name, _ in response.headers:
+            if len(name) in (10, 16) and name.lower() in (b"connection", b"proxy-connection"):
+                is_plain = False
+        if not is_plain:
+            is_kept = self._frame(status) and is_kept
+        if status == 204 and (self._is_chunked or self._content_length() not in (None, b"0")):
+            is_kept = False  # what has no body announces one: the next bytes may be it
+        response.status = status
+        response.has_head = True
+        self.is_reusable = is_kept
+        self._head_bytes = 0
+        if self.is_head:
+            # llhttp waits for a body now.
+            self._parser = httptools.HttpResponseParser(self)
+            self._until_close = False
+            response.is_complete = True
+
+    def _interim(self, status: int) -> None:
+        response = self.response
+        if status < 100:
+            raise BadResponse(f"status {status:03}")
+        if status > 101:  # llhttp itself sees to 101
+            if len(response.interim) == MAX_INTERIM:
+                raise BadResponse(f"more than {MAX_INTERIM} interim responses")
+            response.interim.append((status, response.headers))
+        response.headers = []
+        self._is_chunked = False
+
+    def _frame(self, status: int) -> bool:
+        """Note whether the body ends with the connection; returns whether the version can keep a connection."""
+        version = self._parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            raise BadResponse(f"HTTP version {version}")
+        self._until_close = status not in (204, 304) and not self._is_chunked and self._content_length() is None
+        return version == "1.1" or not self._is_chunked  # RFC 9112, section 6.1: HTTP/1.0 has no Transfer-Encoding
+
+    def _content_length(self) -> bytes | None:
+        return next((value for name, value in self.response.headers if name.lower() == b"content-length"), None)
 
     def on_body(self, data: bytes) -> None:
-        """Collect; after the end (of an answer to HEAD, say) it is nobody's."""
-        if self.is_complete:
+        """Collect; after the end it is nobody's."""
+        response = self.response
+        if response.is_complete:
             self.is_reusable = False
         else:
-            self.body.append(data)
+            response.parts.append(data)
 
     def on_message_complete(self) -> None:
         """Interim responses complete too; only the final one counts."""
-        if self.head_done and not self.is_complete:
-            self.is_reusable = self._parser.should_keep_alive()
-            self.is_complete = True
+        response = self.response
+        if response.has_head and not response.is_complete:
+            if self._head_bytes:  # trailers: llhttp reads a Connection there as well
+                self.is_reusable = self.is_reusable and self._parser.should_keep_alive()
+            response.is_complete = True

@@ -1,7 +1,7 @@
-"""A gateway without a server around it: an ASGI client, an upstream that follows a script, and the journal read back.
+"""A gateway without a kernel before it: a client in memory, an upstream that follows a script, and the journal read back.
 
-The gateway is built by its own composition root and speaks to the upstream over real sockets; only uvicorn is left out,
-so that a test sees each ASGI message and can look at the journal while one is being sent.
+The gateway is built by its own composition root and speaks to the upstream over real sockets; only uvicorn and the
+client's socket are left out, so that a test sees each write and can look at the journal while one is made.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import asyncio
 import contextlib
 import functools
 import json
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, Protocol
 
 import msgspec
 
 from proxy.app import build_gateway
-from proxy.exchange import Gateway, Message
-from proxy.settings import Settings
+from proxy.exchange import Gateway
+from proxy.server import ClientConnection
+from proxy.settings import HealthSettings, Settings
 from storage.counters import read_counters
 from storage.frame import decode_frames
 from storage.journal import Begun, JournalWriter
@@ -259,10 +261,74 @@ def streaming(*pieces: bytes) -> Script:
 # The gateway and its client -------------------------------------------------------------------------------------------
 
 
-class Client:
-    """One request of a client, as an ASGI server would hand it over.
+class Writes(Protocol):
+    """The client's end of a wire."""
 
-    body: one message, or several. on_send is awaited before each message counts as sent.
+    has_ended: asyncio.Event
+
+    def written(self, data: bytes) -> None: ...
+
+
+class Wire(asyncio.Transport):
+    """What lies between a client and the gateway: no kernel, so that a test sees each write as it is made."""
+
+    def __init__(self, client: Writes) -> None:
+        super().__init__()
+        self._client = client
+        self._is_closing = False
+        self._ends = socket.socketpair()
+        """What the gateway looks at when it wants to know whether the client is still there."""
+        self.reads = asyncio.Event()
+        self.reads.set()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._ends[0] if name == "socket" else default
+
+    def hang_up(self) -> None:
+        """The client's end of the connection is closed."""
+        self._ends[1].close()
+
+    def drop(self) -> None:
+        """Nobody has the connection any more."""
+        for end in self._ends:
+            end.close()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if not self._is_closing:
+            self._client.written(bytes(data))
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Nothing is buffered."""
+
+    def pause_reading(self) -> None:
+        self.reads.clear()
+
+    def resume_reading(self) -> None:
+        self.reads.set()
+
+    def is_closing(self) -> bool:
+        return self._is_closing
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        self._client.has_ended.set()
+
+    def close(self) -> None:
+        self._is_closing = True
+        self._client.has_ended.set()
+
+    def abort(self) -> None:
+        self.close()
+
+
+class Client:
+    """One request of a client on a connection of its own.
+
+    body: bytes have a Content-Length (but for an empty body of GET and the like), a list of parts is sent in chunks,
+    `pace_s` apart; a Content-Length among the headers is taken at its word. on_write: sees what the gateway writes,
+    before it counts as written. blocks: the client takes one write and reads no more.
     """
 
     def __init__(
@@ -270,63 +336,124 @@ class Client:
         body: bytes | Sequence[bytes] = b"",
         *,
         method: str = "POST",
+        target: bytes | None = None,
         path: str = CHAT,
-        raw_path: bytes | None = None,
-        query: bytes = b"",
         headers: Iterable[tuple[bytes, bytes]] = (JSON,),
-        on_send: Callable[[Message], Awaitable[None]] | None = None,
+        on_write: Callable[[bytes], None] | None = None,
+        on_part: Callable[[], None] | None = None,
+        blocks: bool = False,
+        pace_s: float = 0.0,
     ) -> None:
         parts = [body] if isinstance(body, bytes) else list(body)
-        self._incoming = [
-            {"type": "http.request", "body": part, "more_body": index < len(parts) - 1}
-            for index, part in enumerate(parts)
-        ]
+        lines = list(headers)
+        if not any(name.lower() == b"host" for name, _ in lines):
+            lines.insert(0, (b"Host", b"h"))
+        is_sized = any(name.lower() == b"content-length" for name, _ in lines)
+        if not is_sized and not isinstance(body, bytes):
+            lines.append((b"Transfer-Encoding", b"chunked"))
+            parts = [b"%x\r\n%b\r\n" % (len(part), part) for part in parts if part] + [b"0\r\n\r\n"]
+        elif not is_sized and (body or method == "POST"):
+            lines.append((b"Content-Length", b"%d" % len(body)))
+        head = b"%b %b HTTP/1.1\r\n" % (method.encode(), path.encode() if target is None else target)
+        self._parts = [head + b"".join(b"%b: %b\r\n" % line for line in lines) + b"\r\n" + parts[0], *parts[1:]]
+        self._method = method
+        self._on_write = on_write
+        self._on_part = on_part
+        self._blocks = blocks
+        self._pace_s = pace_s
         self.is_hesitant = False
-        """The body's last message never comes."""
-        self.sent: list[Message] = []
+        """The last part never comes."""
+        self.raw = b""
+        """What the gateway has written."""
         self.has_left = asyncio.Event()
-        self._on_send = on_send
-        self.scope: dict[str, Any] = {
-            "type": "http",
-            "method": method,
-            "path": path,
-            "raw_path": path.encode() if raw_path is None else raw_path,
-            "query_string": query,
-            "headers": list(headers),
-            "http_version": "1.1",
-            "scheme": "http",
-        }
+        self.has_ended = asyncio.Event()
+        """The answer is whole, or the gateway has closed the connection."""
+        self._connection: ClientConnection
 
-    async def receive(self) -> Message:
-        if self._incoming and not self.has_left.is_set() and not (self.is_hesitant and len(self._incoming) == 1):
-            return self._incoming.pop(0)
-        await self.has_left.wait()
-        return {"type": "http.disconnect"}
+    async def run(self, gateway: Gateway) -> None:
+        """The connection's life."""
+        wire = Wire(self)
+        self._connection = ClientConnection(gateway, asyncio.get_running_loop(), set())
+        self._connection.connection_made(wire)
+        sending = asyncio.create_task(self._send(wire))
+        waits = [asyncio.create_task(event.wait()) for event in (self.has_left, self.has_ended)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sending, *waits):
+                task.cancel()
+            self._connection.connection_lost(None)
+            wire.drop()
 
-    async def send(self, message: Message) -> None:
-        if self._on_send is not None:
-            await self._on_send(message)
-        if not self.has_left.is_set():  # an ASGI server drops what a client that left can not get
-            self.sent.append(message)
+    async def _send(self, wire: Wire) -> None:
+        for part in self._parts[: -1 if self.is_hesitant else None]:
+            await wire.reads.wait()
+            if self._on_part is not None:
+                self._on_part()
+            self._connection.data_received(part)
+            await asyncio.sleep(self._pace_s)
+
+    def written(self, data: bytes) -> None:
+        if self._on_write is not None:
+            self._on_write(data)
+        if not self.has_left.is_set():
+            self.raw += data
+        if self._blocks:
+            self._connection.pause_writing()
+        if self.is_whole:
+            self.has_ended.set()
+
+    def _split(self) -> tuple[list[bytes], bytes]:
+        head, _, rest = self.raw.partition(b"\r\n\r\n")
+        while re.match(rb"HTTP/1.1 1\d\d ", head):
+            head, _, rest = rest.partition(b"\r\n\r\n")
+        return head.split(b"\r\n"), rest
+
+    @property
+    def has_answer(self) -> bool:
+        """The final answer's head is there."""
+        return bool(self._split()[0][0]) and b"\r\n\r\n" in self.raw
 
     @property
     def status(self) -> int:
-        return int(self.sent[0]["status"])
+        return int(self._split()[0][0].split(b" ")[1])
 
     @property
     def headers(self) -> Headers:
-        return list(self.sent[0]["headers"])
+        """But for how the body is framed in chunks, and what the gateway adds to any answer."""
+        own = (b"transfer-encoding", b"x-burstgate-overhead-ms", b"x-burstgate-upstream")
+        pairs = [line.split(b": ", 1) for line in self._split()[0][1:]]
+        return [(name, value) for name, value in pairs if name not in own]
 
     def values(self, name: bytes) -> list[bytes]:
         return [value for key, value in self.headers if key.lower() == name]
 
+    def _unframed(self) -> tuple[bytes, bool]:
+        """The body, and whether it is whole."""
+        head, rest = self._split()
+        if not self.has_answer:
+            return b"", False
+        if b"transfer-encoding: chunked" in head:
+            body = b""
+            while b"\r\n" in rest:
+                size, _, rest = rest.partition(b"\r\n")
+                length = int(size, 16)
+                if not length:
+                    return body, rest.endswith(b"\r\n")
+                assert rest[length : length + 2] in (b"\r\n", b"\r", b"")
+                body += rest[:length]
+                rest = rest[length + 2 :]
+            return body, False
+        length = int((self.values(b"content-length") or [b"0"])[0])
+        return rest, self._method == "HEAD" or self.status in (204, 304) or len(rest) == length
+
     @property
     def body(self) -> bytes:
-        return b"".join(message["body"] for message in self.sent[1:])
+        return self._unframed()[0]
 
     @property
     def is_whole(self) -> bool:
-        return bool(self.sent) and self.sent[-1].get("more_body") is False
+        return self._unframed()[1]
 
     @property
     def error(self) -> dict[str, Any]:
@@ -344,10 +471,7 @@ class Bench:
 
     async def serve(self, client: Client) -> Client:
         """One request from its start to its end."""
-        try:
-            await self.gateway(client.scope, client.receive, client.send)
-        finally:
-            client.has_left.set()  # as a server does: nobody waits for a request that is over
+        await client.run(self.gateway)
         return client
 
     def start(self, client: Client) -> asyncio.Task[Client]:
@@ -396,13 +520,16 @@ class Bench:
 
 @contextlib.asynccontextmanager
 async def running(data_dir: Path, *urls: str, **settings: Any) -> AsyncIterator[Bench]:
-    """A gateway in front of these upstreams, with everything that a worker gives it."""
+    """A gateway in front of these upstreams, with everything that a worker gives it; it asks them nothing by itself."""
+    settings.setdefault("health", HealthSettings(interval_s=0, models_interval_s=0))
     gateway = build_gateway(Settings(upstreams=urls, data_dir=data_dir, gateway="test", **settings))
     try:
-        async with asyncio.TaskGroup() as tasks, gateway.watch.running(tasks):
+        async with asyncio.TaskGroup() as tasks, gateway.fleet.running():
+            ticking = tasks.create_task(gateway.watch.run())
             yield Bench(gateway)
+            ticking.cancel()
     finally:
+        gateway.stop()
         gateway.fleet.close()
         gateway.journal.close()
-        if gateway.sessions is not None:
-            gateway.sessions.close()
+        gateway.sessions.close()

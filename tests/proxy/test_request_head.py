@@ -11,7 +11,7 @@ Headers = list[tuple[bytes, bytes]]
 
 
 def head(*headers: tuple[bytes, bytes]) -> RequestHead:
-    return RequestHead(headers, b"x-session-id", b"x-burstgate-log-type")
+    return RequestHead(list(headers), b"x-session-id", b"x-burstgate-log-type")
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,9 @@ def head(*headers: tuple[bytes, bytes]) -> RequestHead:
         ([(b"upgrade-insecure-requests", b"1"), (b"te-st", b"1")], None),  # not the hop's, only named alike
         ([(b"host", b"h")], []),
         ([(b"connection", b"keep-alive"), (b"keep-alive", b"timeout=5")], []),
-        ([(b"te", b"trailers"), (b"trailer", b"x"), (b"transfer-encoding", b"chunked")], []),
+        ([(b"te", b"trailers"), (b"transfer-encoding", b"chunked")], []),
+        ([(b"trailer", b"x-sum")], None),  # they go on, too
+        ([(b"X-A", b"1 \t"), (b"HOST", b"h")], [(b"X-A", b"1")]),  # names as they are; no space behind a value
         ([(b"upgrade", b"h2c"), (b"expect", b"100-continue")], []),
         ([(b"proxy-connection", b"close"), (b"proxy-authorization", b"Basic x")], []),
         ([(b"content-length", b"12")], []),  # the gateway frames the body itself
@@ -45,6 +47,7 @@ def test_headers_to_send_on(headers: Headers, forward: Headers | None) -> None:
 
 @given(st.lists(st.tuples(st.sampled_from([b"x-a", b"x-b", b"te", b"x-burstgate-y", b"connection"]), st.binary())))
 def test_what_goes_on_is_in_order_and_never_the_hops(headers: Headers) -> None:
+    headers = [(name, value.rstrip(b" \t")) for name, value in headers]
     forward = head(*headers).forward
     remaining = iter(headers)
     assert all(header in remaining for header in forward)
@@ -84,7 +87,7 @@ def test_session(value: bytes, session: str | None) -> None:
     assert head((b"x-session-id", value)).session == session
 
 
-@pytest.mark.parametrize("value", [b"client", b"injected", b"shadow", b"imported", b"REPLAY", b"replay ", b"", b"\xff"])
+@pytest.mark.parametrize("value", [b"client", b"injected", b"shadow", b"imported", b"REPLAY", b"re play", b"", b"\xff"])
 def test_origin_can_not_be_forged(value: bytes) -> None:
     assert head((b"x-burstgate-origin", value)).origin is Origin.CLIENT
 
@@ -92,14 +95,6 @@ def test_origin_can_not_be_forged(value: bytes) -> None:
 def test_replay_says_so_and_names_its_run() -> None:
     found = head((b"x-burstgate-origin", b"replay"), (b"x-burstgate-run-id", b"run 7"))
     assert (found.origin, found.run_id) == (Origin.REPLAY, "run 7")
-
-
-@pytest.mark.parametrize(
-    ("value", "length"),
-    [(b"0", 0), (b"12", 12), (b"", None), (b"-1", None), (b"1e3", None), (b"12, 12", None), (b"\xb2", None)],
-)
-def test_content_length(value: bytes, length: int | None) -> None:
-    assert head((b"content-length", value)).content_length == length
 
 
 @given(st.text(max_size=600))

@@ -89,6 +89,47 @@ def test_another_conversation_is_not(first: object, answer: str, second: object)
     assert known(second).earlier != known(first).after(answer.encode())
 
 
+long_texts = st.lists(st.sampled_from(["a", 'q"', "\\", "\n", "é€", "😀", "x" * 500, "y" * 2000]), max_size=10).map(
+    "".join
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(long_texts, long_texts, st.sampled_from(["text", "parts", "image"])), min_size=1, max_size=5),
+    st.booleans(),
+)
+def test_long_conversations_are_recognised_turn_by_turn(turns: list[tuple[str, str, str]], as_ascii: bool) -> None:
+    """A client spells its long texts as it did before; of its answers' spelling nothing is asked."""
+    messages: list[dict[str, Any]] = []
+    before = None
+    for question, answer, kind in turns:
+        content: Any = question
+        if kind == "parts":
+            content = [{"type": "text", "text": question}]
+        elif kind == "image":
+            content = [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": question}}]
+        messages.append(user(content))
+        found = known(json.dumps(messages, ensure_ascii=as_ascii).encode())
+        assert found.earlier == before
+        before = found.after(answer.encode())
+        messages.append(assistant([{"type": "text", "text": answer}] if answer and kind == "parts" else answer))
+
+
+@pytest.mark.parametrize("as_ascii", [True, False])
+def test_an_answer_is_known_however_it_is_spelt(as_ascii: bool) -> None:
+    answer = 'é "quoted"\n' * 3000
+    raw = json.dumps([user("q"), assistant(answer), user(LONG)], ensure_ascii=as_ascii).encode()
+    assert known(raw).earlier == known([user("q")]).after(answer.encode())
+
+
+@pytest.mark.parametrize("content", [LONG, [{"type": "image_url", "image_url": {"url": LONG}}]])
+@pytest.mark.parametrize("position", [0, 500, 99_500, 99_999])
+def test_long_texts_that_differ_near_an_end_are_apart(content: Any, position: int) -> None:
+    other = json.loads(json.dumps(content).replace(LONG, LONG[:position] + "y" + LONG[position + 1 :]))
+    assert known([user(content)]).after(b"a") != known([user(other)]).after(b"a")
+
+
 def test_first_turn_continues_nothing() -> None:
     assert known([user("q")]).earlier is None
     assert known([]).earlier is None

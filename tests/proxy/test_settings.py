@@ -9,7 +9,16 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from proxy.child import ChildTask, encode_task
-from proxy.settings import ConfigError, Loaded, Settings, describe, load_settings, setting_keys, show_value
+from proxy.settings import (
+    ConfigError,
+    Loaded,
+    Settings,
+    UpstreamSettings,
+    describe,
+    load_settings,
+    setting_keys,
+    show_value,
+)
 
 
 def load(
@@ -95,7 +104,34 @@ def test_nested_keys_by_file_and_environment(
     ],
 )
 def test_upstreams_in_every_source(tmp_path: Path, loads: dict[str, Any]) -> None:
-    assert load(tmp_path, **loads).settings.upstreams == ("http://a:1", "http://b:2/prefix")
+    upstreams = load(tmp_path, **loads).settings.upstreams
+    assert upstreams == tuple(UpstreamSettings(url=url) for url in ("http://a:1", "http://b:2/prefix"))
+
+
+@pytest.mark.parametrize(
+    ("loads", "key", "value", "shown"),
+    [
+        ({"ALIASES": "{fast: llama-8b}"}, "aliases", {"fast": "llama-8b"}, '{"fast": "llama-8b"}'),
+        ({"text": "aliases:\n  fast: llama-8b"}, "aliases", {"fast": "llama-8b"}, '{"fast": "llama-8b"}'),
+        ({"text": "aliases:"}, "aliases", {}, "(none)"),
+        ({"text": "fallbacks: {a: b, c: [d, e]}"}, "fallbacks", {"a": ("b",), "c": ("d", "e")},
+         '{"a": ["b"], "c": ["d", "e"]}'),
+        ({"RETRY__STATUSES": "429 503"}, "retry.statuses", (429, 503), "429, 503"),
+        ({"text": "retry: {statuses: []}"}, "retry.statuses", (), "(none)"),
+        ({"text": "upstreams: [http://a, {url: http://b, weight: 2, drain: true, models: [m]}]"}, "upstreams",
+         (UpstreamSettings(url="http://a"), UpstreamSettings(url="http://b", weight=2, drain=True, models=("m",))),
+         'http://a, http://b {"weight": 2.0, "models": ["m"], "drain": true}'),
+    ],
+)  # fmt: skip
+def test_lists_and_mappings(tmp_path: Path, loads: dict[str, Any], key: str, value: object, shown: str) -> None:
+    loaded = load(tmp_path, **loads)
+    found: Any = loaded.settings
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert found == value
+    assert {key: text for key, text, _ in describe(loaded)}[key] == shown
+    fields = json.loads(encode_task(ChildTask(loaded.settings, 5, 6)))
+    assert Settings.model_validate(fields["settings"]) == loaded.settings
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# nothing but a comment\n", "---\n", "\ufeff# a byte order mark\n"])
@@ -147,6 +183,25 @@ def test_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
         ({"UPSTREAMS": "http://a http://a"}, "environment: upstreams: each upstream may be named once, *"),
         ({"UPSTREAMS": "http://a http://a/"}, "environment: upstreams: each upstream may be named once, *"),
         ({"UPSTREAMS": "http://u:hidden@a"}, "environment: upstreams: upstream URL 'http://*"),
+        ({"text": "upstreams: [http://a, {url: http://b, wieght: 2}]"},
+         "FILE: upstreams: unknown setting 'wieght'; the nearest known one is 'weight', got *"),
+        ({"text": "upstreams: [{url: http://b, weight: 0}]"}, "FILE: upstreams: weight: *, got 0"),
+        ({"text": "upstreams: [{weight: 1}]"}, "FILE: upstreams: url: Field required, got *"),
+        ({"text": "upstreams: [{url: http://u:hidden@b}]"}, "FILE: upstreams: upstream URL 'http://*"),
+        ({"text": "upstreams: [{url: http://b, ca_file: x}]"}, "FILE: upstreams: ca_file, cert_file and *"),
+        ({"text": "upstreams: [{url: https://b, key_file: x}]"}, "FILE: upstreams: key_file needs a cert_file, got *"),
+        ({"text": "upstreams: [{url: http://a, name: x}, {url: http://b, name: x}]"},
+         "FILE: upstreams: each upstream may be named once, got *"),
+        ({"text": "upstreams: [{url: http://a, name: 'x y'}]"}, "FILE: upstreams: name: *, got 'x y'"),
+        ({"text": "aliases: [a]"}, "FILE: aliases: *, got *"),
+        ({"text": "aliases: {a: 7}"}, "FILE: aliases: a: *, got 7"),
+        ({"text": "aliases: {a: b, b: c}"}, "FILE: aliases: 'a' stands for 'b', which is itself an alias; *"),
+        ({"ALIASES": "{a: "}, "environment: aliases: expected a mapping, as in {name: model}, got '{a: '"),
+        ({"text": "fallbacks: {a: {b: c}}"}, "FILE: fallbacks: a: *"),
+        ({"text": "balance: {policy: random}"}, "FILE: balance.policy: *, got 'random'"),
+        ({"text": "health: {path: health}"}, "FILE: health.path: *, got 'health'"),
+        ({"text": "retry: {statuses: [200]}"}, "FILE: retry.statuses: *, got 200"),
+        ({"RETRY__STATUSES": "502,x"}, "environment: retry.statuses: *, got 'x'"),
         ({"flags": {"port": 70000}}, "flag: port: *, got 70000"),
         ({"text": "port: 1", "flags": {"port": 70000}}, "flag: port: *, got 70000"),
     ],

@@ -17,8 +17,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from proxy.settings import ConfigError, Settings, TimeoutSettings
-from proxy.supervisor import Child, Supervisor, listen
+from proxy.process import Child
+from proxy.settings import ConfigError, JournalSettings, Settings, TimeoutSettings
+from proxy.supervisor import Supervisor, listen
 
 LOOPBACK = "127.0.0.1"
 
@@ -91,8 +92,19 @@ class Running:
 
     def __init__(self, settings: Settings) -> None:
         self.said: list[str] = []
-        self.supervisor = Supervisor(settings, say=self.said.append)
+        self.configured: Settings | ConfigError = settings
+        self.supervisor = Supervisor(settings, say=self.said.append, load=self._load)
         self.gateway_url, self.control_url = self.supervisor.start()
+
+    def _load(self) -> Settings:
+        if isinstance(self.configured, ConfigError):
+            raise self.configured
+        return self.configured
+
+    def reload(self) -> None:
+        """As after SIGHUP."""
+        self.supervisor._is_reload_asked = True
+        self.tend(lambda: not self.supervisor._is_reload_asked, "it has been reloaded")
 
     @property
     def children(self) -> dict[str, Child]:
@@ -106,8 +118,7 @@ class Running:
         """Keep everything running until a fact."""
 
         def step() -> bool:
-            for child in self.children.values():
-                self.supervisor._keep_running(child)
+            self.supervisor.tend()
             return is_true()
 
         eventually(step, what)
@@ -233,6 +244,7 @@ def test_child_that_can_not_start_is_an_error_that_leaves_nobody(
     with pytest.raises(ConfigError, match=r"^the worker 0 did not start; its reason is above$"):
         supervisor.start()
     assert [child.is_running for child in supervisor._children()] == [False, False, False]
+    assert [(child.stdin_fd, child.ready_fd) for child in supervisor._children()] == [(-1, -1)] * 3
     assert "expected 32 bytes, found 5" in capfd.readouterr().err
 
 
@@ -253,9 +265,7 @@ def test_pause_grows_with_quick_deaths_and_is_bounded(tmp_path: Path) -> None:
     pauses = []
     for _ in range(9):
         child.start()
-        os.close(child.ready_fd)
-        assert child.process is not None
-        child.process.wait(20)
+        eventually(lambda: not child.is_running, "it is dead")
         before_s = time.monotonic()
         child.restart_at_s = 0.0
         supervisor._keep_running(child)
@@ -263,3 +273,124 @@ def test_pause_grows_with_quick_deaths_and_is_bounded(tmp_path: Path) -> None:
         assert child.process is None
     assert pauses == pytest.approx([0.1, 0.3, 0.7, 1.5, 3.1, 5.0, 5.0, 5.0, 5.0], abs=0.05)
     assert len(said) == 9
+
+
+# Reload ---------------------------------------------------------------------------------------------------------------
+
+
+def status(running: Running) -> dict[str, object]:
+    answer: dict[str, object] = httpx.get(f"{running.control_url}/api/v1/status", timeout=10.0).json()
+    return answer
+
+
+def test_reload_reaches_processes_and_names_what_can_not_change(running: Running) -> None:
+    settings = running.supervisor._settings
+    before = {name: running.pid(name) for name in running.children}
+    running.configured = settings.model_copy(
+        update={
+            "upstreams": Settings.model_validate({"upstreams": "http://127.0.0.1:2"}).upstreams,
+            "database_url": "postgresql://user:hidden@127.0.0.1:1/x",
+            "timeouts": TimeoutSettings(drain_s=2.0),
+            "port": 1,
+            "gateway": "another",
+            "journal": JournalSettings(fsync_interval_s=2.0),
+        }
+    )
+    running.reload()
+    assert running.said == [
+        "reloaded: upstreams: http://127.0.0.1:1 -> http://127.0.0.1:2, timeouts.drain_s: 1.0 -> 2.0",
+        "port: 0 -> 1 needs a stop and a start",
+        "database_url: (none) -> postgresql://user:***@127.0.0.1:1/x needs a stop and a start",
+        f"gateway: {settings.gateway} -> another needs a restart (SIGUSR2)",
+        "journal.fsync_interval_s: 1.0 -> 2.0 needs a restart (SIGUSR2)",
+    ]
+    running.tend(lambda: status(running)["upstreams"] == ["http://127.0.0.1:2"], "the control plane knows")
+    assert {child.settings.timeouts.drain_s for name, child in running.children.items()} == {2.0}
+    assert {child.settings.gateway for child in running.children.values()} == {settings.gateway}
+    assert {name: running.pid(name) for name in before} == before
+    running.said.clear()
+    running.reload()  # what was not applied is named again, and nothing else
+    assert running.said[0] == "reloaded: nothing changes"
+    assert len(running.said) == 5
+    running.configured = ConfigError("burstgate.yaml: port: wrong")
+    running.said.clear()
+    running.reload()
+    assert running.said == ["not reloaded, the configuration stays as it is: burstgate.yaml: port: wrong"]
+    assert running.answers()
+
+
+def test_child_that_dies_while_it_starts_gets_the_new_settings_all_the_same(running: Running) -> None:
+    settings = running.supervisor._settings
+    pid = running.pid("control plane")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    running.tend(lambda: running.pid("control plane") not in (None, pid), "another is starting")
+    assert not running.children["control plane"].is_ready
+    running.configured = settings.model_copy(
+        update={"upstreams": Settings.model_validate({"upstreams": "http://127.0.0.1:3"}).upstreams}
+    )
+    running.reload()
+    running.tend(lambda: running.children["control plane"].is_ready, "it is ready")
+    running.tend(lambda: status(running)["upstreams"] == ["http://127.0.0.1:3"], "it has been told")
+
+
+def test_process_that_does_not_read_its_input_is_replaced(running: Running) -> None:
+    child = running.children["control plane"]
+    pid = running.pid("control plane")
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        names = [f"http://127.0.0.1:1/{number:05d}" for number in range(8000)]  # more than a pipe holds
+        running.configured = running.supervisor._settings.model_copy(
+            update={"upstreams": Settings.model_validate({"upstreams": names}).upstreams}
+        )
+        running.reload()
+        assert running.said[1:] == ["the control plane does not take new settings; starting it again"]
+        assert child.kill_at_s is not None
+        assert child.kill_at_s <= time.monotonic() + 6
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    running.tend(lambda: running.pid("control plane") not in (None, pid), "another runs")
+    running.tend(lambda: running.children["control plane"].is_ready, "it is ready")
+
+
+def test_more_and_fewer_workers_listen_on_every_socket(running: Running) -> None:
+    settings = running.supervisor._settings
+    first = {running.pid("worker 0"), running.pid("worker 1")}
+    ports = set()
+    for count, sockets in ((3, 3), (1, 3), (2, 3)):
+        running.configured = settings.model_copy(update={"workers": count})
+        running.reload()
+        running.tend(lambda: not running.supervisor._upcoming, "the new ones serve")
+        workers = [child for name, child in running.children.items() if name.startswith("worker")]
+        assert len(workers) == count
+        used = [sock for child in workers for sock in child.sockets]
+        assert len(used) == len(set(used)) == sockets
+        ports |= {sock.getsockname() for sock in used}
+        running.tend(lambda: not running.supervisor._leaving, "the old ones have ended")
+        assert not first & {running.pid(child.name) for child in workers}
+        # A connection may land in the queue of any socket.
+        assert all(running.answers() for _ in range(12))
+    assert len(ports) == 1
+
+
+def test_workers_that_do_not_come_up_leave_the_old_ones(running: Running, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = running.supervisor._settings
+    secret = settings.data_dir / "secret"
+    good = secret.read_bytes()
+    before = {name: running.pid(name) for name in running.children}
+    secret.write_bytes(b"short")
+    running.configured = settings.model_copy(update={"workers": 4})
+    running.reload()
+    running.tend(lambda: not running.supervisor._upcoming, "it has given up")
+    assert re.fullmatch(
+        r"workers not replaced, the old ones go on: the worker \d did not start, its reason is above", running.said[-1]
+    )
+    assert {name: running.pid(name) for name in running.children} == before
+    assert len(running.supervisor._gateways) == 2
+    running.tend(lambda: not running.supervisor._leaving, "the new ones have ended")
+    assert all(running.answers() for _ in range(12))
+    secret.write_bytes(good)
+    running.reload()  # it was not taken as done
+    running.tend(lambda: len(running.children) == 6, "four workers")
+    assert "expected 32 bytes, found 5" in capfd.readouterr().err

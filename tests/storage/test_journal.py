@@ -21,6 +21,7 @@ from storage.journal import (
     Begun,
     Header,
     JournalWriter,
+    NotRecording,
     crash_record,
     directory_bytes,
     is_writer_alive,
@@ -286,3 +287,32 @@ def test_sync_closes_the_segments_that_were_left(tmp_path: Path) -> None:
     writer.sync()
     assert len(os.listdir("/proc/self/fd")) == before
     writer.close()
+
+
+def test_a_writer_that_records_nothing_counts_all_the_same(tmp_path: Path) -> None:
+    writer = NotRecording(tmp_path, "w", counter_names=("mine",))
+    assert list(writer_directories(tmp_path)) == [tmp_path / "w"]
+    assert is_writer_alive(tmp_path / "w")
+    for number in range(3):
+        assert writer.begin(begun(number))
+    writer.end(ended(1))
+    writer.slots[-1] += 5
+    writer.sync()
+    writer.retry_unwritten()
+    writer.refresh_budget()
+    assert writer.open_requests == 2
+    counters = read_counters(tmp_path / "w" / "counters")
+    counted = {name: count for name, count in counters.items() if count}
+    assert counted == {"accepted": 3, "ended": 1, "dropped_off": 3, "mine": 5}
+    assert directory_bytes(tmp_path) == 0
+    assert read_back(writer.directory) == ([], set())
+    writer.close()
+    writer.close()
+    assert not is_writer_alive(tmp_path / "w")
+
+
+@pytest.mark.parametrize("kind", [JournalWriter, NotRecording])
+def test_a_writer_that_can_not_start_leaves_nothing(kind: type[JournalWriter | NotRecording], tmp_path: Path) -> None:
+    with file_size_limit(100), pytest.raises(OSError):
+        _ = JournalWriter(tmp_path, "w", gateway="g") if kind is JournalWriter else NotRecording(tmp_path, "w")
+    assert list_directory(tmp_path) == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from storage.doctor import take_balance
 from storage.engine import open_engine, upgrade
 from storage.frame import encode_frame
-from storage.journal import Begun, JournalWriter, segment_path
+from storage.journal import Begun, JournalWriter, NotRecording, segment_path
 from storage.recorder import READ_BYTES, Recorder, SegmentReader, open_segments
 from storage.schema import requests
 from storage.sink import SegmentProgress, Sink, SinkUnavailable, WriterTotals, open_sink
@@ -392,6 +394,98 @@ def test_run_empties_the_journal_before_it_stops(journal: Path, database: sa.Eng
     recorder.close()
     assert len(outcomes(database)) == 100
     assert not writer.directory.exists()
+
+
+def test_records_are_gathered_and_soon_there(journal: Path, database: sa.Engine, writer: JournalWriter) -> None:
+    """A commit for each wake-up would cost more than its rows; nobody waits for more than about a second."""
+    recorder = new_recorder(journal, database)
+    thread = threading.Thread(target=recorder.run)
+    thread.start()
+    end_s = time.monotonic() + 1.5
+    number = 0
+    while time.monotonic() < end_s:
+        serve(writer, f"r{number}")
+        number += 1
+        time.sleep(0.005)
+    written_s = time.monotonic()
+    while len(outcomes(database)) < number and time.monotonic() < written_s + 30:
+        time.sleep(0.02)
+    waited_s = time.monotonic() - written_s
+    assert recorder.stats.commits <= 6  # without gathering, 300 records would be dozens
+    recorder.stop()
+    thread.join()
+    assert len(outcomes(database)) == number
+    assert waited_s < 5
+    recorder.close()
+
+
+def test_what_is_left_over_is_taken_at_once(
+    journal: Path, database: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a backlog there is no gathering."""
+    monkeypatch.setattr("storage.recorder.MAX_BATCH", 10)
+    monkeypatch.setattr("storage.recorder.GATHER_S", 3600.0)
+    monkeypatch.setattr("storage.recorder.READ_BYTES", 2048)
+    writer = JournalWriter(journal, "w", gateway="g")
+    serve(writer, *(f"r{number}" for number in range(200)))
+    writer.close()
+    recorder = new_recorder(journal, database)
+    thread = threading.Thread(target=recorder.run)
+    thread.start()
+    deadline_s = time.monotonic() + 30
+    while (journal / "w").exists() and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    recorder.stop()
+    thread.join()
+    assert len(outcomes(database)) == 200
+    assert recorder.stats.commits > 10
+    recorder.close()
+
+
+@pytest.mark.parametrize("is_usual", [True, False])
+def test_begins_are_known_whatever_their_ids_look_like(is_usual: bool, journal: Path, database: sa.Engine) -> None:
+    """Those of 36 characters are taken without being decoded, where their end is in sight."""
+
+    def name(number: int) -> str:
+        return f"018bcfe5-687d-7000-8000-{number:012}" if is_usual else f"short-{number}"
+
+    writer = JournalWriter(journal, "w", gateway="g")
+    recorder = new_recorder(journal, database)
+    serve(writer, name(0))
+    recorder.step()  # the header is behind us
+    writer.begin(begun(name(1)))
+    serve(writer, name(2), name(3))
+    writer.begin(begun(name(4)))
+    assert recorder.step() == 2
+    assert recorder._readers["w"].open == {name(1): begun(name(1)), name(4): begun(name(4))}
+    writer.end(ended(name(1)))  # begun in an earlier piece
+    writer.begin(begun(name(5)))
+    assert recorder.step() == 1
+    writer.close()
+    assert drain(recorder) == 2
+    assert outcomes(database) == {
+        **{name(number): "ok" for number in (0, 1, 2, 3)},
+        **{name(number): "gateway_crash" for number in (4, 5)},
+    }
+    assert_balanced(journal, database)
+    recorder.close()
+
+
+def test_a_writer_that_records_nothing_is_finished_in_balance(journal: Path, database: sa.Engine) -> None:
+    writer = NotRecording(journal, "w")
+    recorder = new_recorder(journal, database)
+    for name in ("a", "b"):
+        writer.begin(begun(name))
+    writer.end(ended("a"))
+    assert recorder.step() == 0
+    assert_balanced(journal, database)
+    writer.close()
+    assert drain(recorder) == 0
+    assert outcomes(database) == {}
+    assert (journal / "retired" / "w.counters").exists()
+    balance = take_balance(journal, open_sink(database))
+    assert (balance.is_balanced, balance.accepted, balance.dropped) == (True, 2, {"off": 2})
+    recorder.close()
 
 
 def test_one_recorder_a_journal(journal: Path, database: sa.Engine) -> None:

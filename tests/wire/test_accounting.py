@@ -563,6 +563,33 @@ def test_an_event_counted_unread_counts_as_if_it_were_read(events: list[bytes], 
     assert (accounted.usage and accounted.usage.response_tokens) == tokens
 
 
+RUN_ENDS = [
+    b"",
+    chunk({"content": "a"})[:-20],
+    chunk({"content": "a"})[:30],
+    chunk({}, "stop"),
+    chunk({"content": "a"}, index=1) + chunk({"content": "b"}),
+    b": a comment\n\n",
+    b"data: {broken\n\n",
+]
+
+
+@pytest.mark.parametrize("end", RUN_ENDS)
+@pytest.mark.parametrize("texts", [["b", "c"], ["b"], ['q"', "\\", "\n", "é\u2028"], ["", ""]])
+def test_many_events_in_one_piece_count_as_they_do_one_by_one(texts: list[str], end: bytes) -> None:
+    first = [ROLE, chunk({"content": "a"})]
+    run = [chunk({"content": text}) for text in texts]
+    for strip_usage in (True, False):
+        apart = StreamAccount(Family.CHAT, strip_usage=strip_usage, keep_answer=True)
+        together = StreamAccount(Family.CHAT, strip_usage=strip_usage, keep_answer=True)
+        expected = feed_all(apart, [*first, *run, end])
+        passed, accounted = feed_all(together, [*first, b"".join(run) + end])
+        assert passed == expected[0]
+        assert without_times(accounted) == without_times(expected[1])
+        assert accounted.content_chunks >= 1 + len(texts)
+        assert (accounted.answer or b"").decode().startswith("a" + "".join(texts))
+
+
 def test_an_event_behind_a_broken_one_is_a_part_of_it() -> None:
     account = StreamAccount(Family.CHAT, strip_usage=True)
     account.feed(1, chunk({"content": "a"}))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import os
 import socket
 import ssl
+import struct
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,16 +21,19 @@ import pytest
 import uvloop
 
 from wire.http import (
+    NEXT_ADDRESS_S,
     READ_AHEAD_BYTES,
     STALE_NS,
+    Address,
     BaseUrl,
     ConnectFailed,
     ConnectionLost,
     Exchange,
     HttpClient,
+    client_context,
     parse_base_url,
 )
-from wire.http1 import BadResponse, Headers
+from wire.http1 import BadResponse, Headers, encode_lines
 
 Play = Callable[["Peer"], Awaitable[None]]
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -164,6 +171,13 @@ async def get(client: HttpClient, target: bytes = b"/") -> tuple[int, bytes]:
     exchange = await client.request(b"GET", target, [])
     body = await read_all(exchange)
     return exchange.status, body
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
 
 
 async def until(is_true: Callable[[], bool], limit_s: float = 2.0) -> None:
@@ -392,6 +406,23 @@ def test_an_idle_connection_is_not_reused_after_its_time(run: Run) -> None:
     run(main())
 
 
+def test_an_idle_connection_is_closed_after_its_time_though_nothing_is_sent(run: Run) -> None:
+    async def main() -> None:
+        async with serving(Peer.answer_all) as server:
+            client = HttpClient(server.url, idle_s=0.05)
+            exchanges = [await client.request(b"GET", b"/", []) for _ in range(3)]
+            for exchange in exchanges:
+                await read_all(exchange)
+            await until(lambda: all(peer.is_over for peer in server.peers))
+            before = len(server.peers)
+            assert client.start(b"GET", b"/", b"") is None
+            await get(client)
+            assert len(server.peers) == before + 1
+            client.close()
+
+    run(main())
+
+
 def test_the_server_closing_idle_connections_is_no_failure(run: Run) -> None:
     async def play(peer: Peer) -> None:
         await peer.request()
@@ -512,10 +543,7 @@ def test_a_stale_connection_whose_server_has_gone(run: Run) -> None:
             exchange = await client.request(b"GET", b"/", [])
             waiting = asyncio.ensure_future(exchange.wait_head())
             await asyncio.sleep(0.02)
-            refusing = socket.create_server(("127.0.0.1", 0))
-            port = refusing.getsockname()[1]
-            refusing.close()
-            client.url = parse_base_url(f"http://127.0.0.1:{port}")
+            client.url = parse_base_url(f"http://127.0.0.1:{free_port()}")
             closing.set()
             with pytest.raises(ConnectFailed):
                 await waiting
@@ -536,12 +564,11 @@ def test_an_abort_while_a_stale_connection_is_replaced(run: Run) -> None:
 
     class Gated(HttpClient):
         async def _connect(self) -> Any:
-            connection = await super()._connect()
-            connected.set()
+            connecting.set()
             await gate.wait()
-            return connection
+            return await super()._connect()
 
-    gate, connected = asyncio.Event(), asyncio.Event()
+    gate, connecting = asyncio.Event(), asyncio.Event()
 
     async def main() -> None:
         async with serving(play) as server:
@@ -549,16 +576,16 @@ def test_an_abort_while_a_stale_connection_is_replaced(run: Run) -> None:
             gate.set()
             await get(client)
             gate.clear()
-            connected.clear()
+            connecting.clear()
             exchange = await client.request(b"GET", b"/", [])
             waiting = asyncio.ensure_future(exchange.wait_head())
-            await connected.wait()
+            await connecting.wait()
             exchange.abort()
             gate.set()
             with pytest.raises(ConnectionLost, match="aborted"):
                 await waiting
-            await until(lambda: server.peers[-1].is_over)
-            assert (len(server.peers), requests) == (2, [1, 1])
+            await asyncio.sleep(0.02)
+            assert (len(server.peers), requests) == (1, [1, 1])
 
     run(main())
 
@@ -621,13 +648,335 @@ def test_bytes_before_any_request_are_no_answer(run: Run) -> None:
     run(main())
 
 
+# --- without a task: start and listener -----------------------------------------------------------------------------
+
+
+class Looker:
+    """What a listener sees at each call; and the future that it resolves at the end."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.seen: list[tuple[int, bytes]] = []
+        """Status (0: no head yet) and the body bytes taken."""
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        exchange.listener = self.look
+
+    def look(self) -> None:
+        exchange = self.exchange
+        self.seen.append((exchange.status if exchange.has_head else 0, exchange.take()))
+        if exchange.is_complete or exchange.error is not None:
+            assert exchange.listener is None
+            self.over.set_result(None)
+
+
+async def warm(client: HttpClient) -> None:
+    """Leave one idle connection."""
+    assert await get(client) == (200, b"hi")
+
+
+def test_a_request_starts_on_an_idle_connection_only(run: Run) -> None:
+    got: list[bytes] = []
+
+    async def play(peer: Peer) -> None:
+        while True:
+            got.append(await peer.request())
+            await peer.send(OK)
+
+    async def main() -> None:
+        async with serving(play) as server:
+            client = HttpClient(server.url + "/p")
+            lines = encode_lines([(b"X-A", b"1"), (b"content-length", b"2")])
+            assert client.start(b"POST", b"/x?y", lines, b"ab") is None
+            await warm(client)
+            exchange = client.start(b"POST", b"/x?y", lines, b"ab")
+            assert exchange is not None
+            assert client.start(b"POST", b"/x?y", lines, b"ab") is None  # the one connection is taken
+            looker = Looker(exchange)
+            assert looker.seen == []
+            await looker.over
+            assert looker.seen == [(200, b"hi")]
+            assert exchange.sent_ns <= exchange.first_byte_ns == exchange.received_ns
+            await read_all(await client.request(b"POST", b"/x?y", lines, b"ab"))
+            host = f"127.0.0.1:{server.port}".encode()
+            assert got[1] == got[2] == b"POST /p/x?y HTTP/1.1\r\nhost: %b\r\n%b\r\nab" % (host, lines)
+            assert len(server.peers) == 1
+            client.close()
+
+    run(main())
+
+
+def test_a_listener_hears_of_all_that_comes(run: Run) -> None:
+    steps = [
+        # what is sent, what is seen then
+        (b"HTTP/1.1 103 X\r\nlink: a\r\n\r\n", (0, b"")),
+        (CHUNKED, (200, b"")),
+        (b"2\r\nhi\r\n", (200, b"hi")),
+        (b"2\r\n, \r\n2\r\nyo\r\n", (200, b", yo")),
+        (b"0\r\nx-t: 1\r\n\r\n", (200, b"")),
+    ]
+
+    async def main() -> None:
+        seen: list[tuple[int, bytes]] = []
+
+        async def play(peer: Peer) -> None:
+            await peer.request()
+            await peer.send(OK)
+            await peer.request()
+            for number, (data, _) in enumerate(steps, 1):
+                await peer.send(data)
+                await until(lambda number=number: len(seen) == number)  # type: ignore[misc]
+            await peer.left()
+
+        async with serving(play) as server:
+            client = HttpClient(server.url)
+            await warm(client)
+            exchange = client.start(b"GET", b"/", b"")
+            assert exchange is not None
+            looker = Looker(exchange)
+            seen = looker.seen
+            assert exchange.is_waiting
+            await looker.over
+            assert not exchange.is_waiting
+            assert seen == [step[1] for step in steps]
+            assert exchange.interim == [(103, [(b"link", b"a")])]
+            assert exchange.trailers == [(b"x-t", b"1")]
+            assert exchange.error is None
+            client.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize(("answer", "has_head", "body", "failure"), BROKEN)
+def test_a_listener_hears_of_a_failure_once(
+    run: Run, answer: bytes, has_head: bool, body: bytes, failure: type[Exception]
+) -> None:
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(answer)
+
+    async def main() -> None:
+        async with serving(play) as server:
+            exchange = await HttpClient(server.url).request(b"GET", b"/", b"")
+            looker = Looker(exchange)
+            await looker.over
+            await asyncio.sleep(0.01)
+            assert isinstance(exchange.error, failure)
+            assert (exchange.has_head, b"".join(data for _, data in looker.seen)) == (has_head, body)
+            assert len(server.peers) == 1
+
+    run(main())
+
+
+def test_an_abort_is_not_told_to_the_listener(run: Run) -> None:
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(OK)
+        await peer.left()
+
+    async def main() -> None:
+        async with serving(play) as server:
+            client = HttpClient(server.url)
+            await warm(client)
+            exchange = client.start(b"GET", b"/", b"")
+            assert exchange is not None
+            looker = Looker(exchange)
+            exchange.abort()
+            await until(lambda: server.peers[0].is_over, ABORT_S)
+            assert looker.seen == []
+            assert exchange.listener is None
+            assert isinstance(exchange.error, ConnectionLost)
+
+    run(main())
+
+
+def test_a_listener_may_abort_and_may_send_the_next_request(run: Run) -> None:
+    async def main() -> None:
+        async with serving(Peer.answer_all) as server:
+            client = HttpClient(server.url)
+            await warm(client)
+            over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            left = 50
+
+            def send() -> None:
+                exchange = client.start(b"GET", b"/", b"")
+                assert exchange is not None
+
+                def look() -> None:
+                    nonlocal left
+                    assert exchange.is_complete
+                    left -= 1
+                    if left:
+                        send()
+                    else:
+                        over.set_result(None)
+
+                exchange.listener = look
+
+            send()
+            await over
+            assert len(server.peers) == 1
+            exchange = client.start(b"GET", b"/", b"")
+            assert exchange is not None
+            exchange.listener = exchange.abort  # without effect on what is complete
+            while not exchange.is_complete:
+                await asyncio.sleep(0.002)
+            await warm(client)
+            assert len(server.peers) == 1
+            client.close()
+
+    run(main())
+
+
+def test_an_abort_by_the_listener_at_the_first_bytes(run: Run) -> None:
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(CHUNKED + b"2\r\nhi\r\n")
+        await peer.left()
+
+    async def main() -> None:
+        async with serving(play) as server:
+            exchange = await HttpClient(server.url).request(b"GET", b"/", b"")
+            exchange.listener = exchange.abort
+            await until(lambda: server.peers[0].is_over)
+            assert exchange.take() == b"hi"
+            assert isinstance(exchange.error, ConnectionLost)
+
+    run(main())
+
+
+def test_an_exchange_that_is_over_keeps_nobody_alive(run: Run) -> None:
+    """A listener that holds its exchange is a cycle; it must not take the garbage collector to free it."""
+
+    async def main() -> None:
+        async with serving(Peer.answer_all) as server:
+            client = HttpClient(server.url)
+            await warm(client)
+            gone: list[weakref.ref[Looker]] = []
+            gc.disable()
+            try:
+                for answered in (True, False):
+                    exchange = client.start(b"GET", b"/", b"")
+                    assert exchange is not None
+                    looker = Looker(exchange)
+                    if answered:
+                        await looker.over
+                    else:
+                        exchange.abort()
+                    gone.append(weakref.ref(looker))
+                    del looker, exchange
+                assert [each() for each in gone] == [None, None]
+            finally:
+                gc.enable()
+            client.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("size", [7, 20_000, 3_000_000])
+def test_a_stale_connection_is_replaced_without_anybody_waiting(run: Run, size: int) -> None:
+    body = b"x" * size
+    play, requests = closes_on_the_second_request(lambda number: OK)
+
+    async def main() -> None:
+        async with serving(play) as server:
+            client = HttpClient(server.url)
+            await warm(client)
+            exchange = client.start(b"POST", b"/b", b"content-length: %d\r\n" % size, body)
+            assert exchange is not None
+            sent_ns = exchange.sent_ns
+            looker = Looker(exchange)
+            gc.collect()  # the task that sends again is nobody's but the client's
+            await looker.over
+            assert looker.seen == [(200, b"hi")]
+            assert exchange.sent_ns > sent_ns
+            assert len(server.peers) == 2
+            assert requests[1] == requests[2]
+            assert requests[1].endswith(body)
+            client.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("is_aborted", [False, True])
+def test_a_stale_connection_without_a_server_to_replace_it(run: Run, is_aborted: bool) -> None:
+    async def main() -> None:
+        play, _ = closes_on_the_second_request(lambda number: OK)
+        connecting, gate = asyncio.Event(), asyncio.Event()
+
+        class Gated(HttpClient):
+            async def _connect(self) -> Any:
+                connecting.set()
+                await gate.wait()
+                return await super()._connect()
+
+        async with serving(play) as server:
+            client = Gated(server.url)
+            gate.set()
+            await warm(client)
+            gate.clear()
+            connecting.clear()
+            client.url = parse_base_url(f"http://127.0.0.1:{free_port()}")
+            exchange = client.start(b"GET", b"/", b"")
+            assert exchange is not None
+            looker = Looker(exchange)
+            await connecting.wait()
+            assert exchange.error is None
+            assert looker.seen == []
+            if is_aborted:
+                exchange.abort()
+            gate.set()
+            await asyncio.sleep(0.02)
+            assert isinstance(exchange.error, ConnectionLost if is_aborted else ConnectFailed)
+            assert looker.seen == ([] if is_aborted else [(0, b"")])
+
+    run(main())
+
+
+def test_a_listener_that_does_not_take_slows_the_server(run: Run) -> None:
+    total = 32 * 1024 * 1024
+    piece = b"x" * 65536
+    sent = 0
+
+    async def play(peer: Peer) -> None:
+        nonlocal sent
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 X\r\ncontent-length: %d\r\n\r\n" % total)
+        while sent < total:
+            await peer.send(piece)
+            sent += len(piece)
+        await peer.left()
+
+    async def main() -> None:
+        async with serving(play) as server:
+            exchange = await HttpClient(server.url).request(b"GET", b"/", b"")
+            calls = 0
+
+            def count() -> None:
+                nonlocal calls
+                calls += 1
+
+            exchange.listener = count
+            await asyncio.sleep(0.2)
+            before = (sent, calls)
+            await asyncio.sleep(0.1)
+            assert before == (sent, calls)
+            assert sent < total
+            assert not exchange.is_waiting  # what is slow is whoever should take
+            size = 0
+            while not exchange.is_complete:
+                size += len(exchange.take())
+                await asyncio.sleep(0)
+            assert size + len(exchange.take()) == total
+
+    run(main())
+
+
 # --- connecting -----------------------------------------------------------------------------------------------------
 
 
 def test_a_refused_connection(run: Run) -> None:
     async def main() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
+        port = free_port()
         with pytest.raises(ConnectFailed, match=rf"^http://127.0.0.1:{port}: .*[Cc]onnect"):
             await HttpClient(f"http://127.0.0.1:{port}").request(b"GET", b"/", [])
 
@@ -645,17 +994,10 @@ def test_a_host_that_does_not_resolve(run: Run, host: str) -> None:
 
 def test_a_server_that_does_not_accept(run: Run) -> None:
     async def main() -> None:
-        with socket.socket() as deaf, contextlib.ExitStack() as fillers:
-            deaf.bind(("127.0.0.1", 0))
-            deaf.listen(0)
-            address = deaf.getsockname()
-            for _ in range(8):  # the queue of a socket that nobody accepts from
-                filler = fillers.enter_context(socket.socket())
-                filler.setblocking(False)
-                filler.connect_ex(address)
+        with deaf_address() as (*_, (_, port)):
             start_s = time.monotonic()
             with pytest.raises(ConnectFailed, match=r"no connection within 0\.2 s"):
-                await HttpClient(f"http://127.0.0.1:{address[1]}", connect_timeout_s=0.2).request(b"GET", b"/", [])
+                await HttpClient(f"http://127.0.0.1:{port}", connect_timeout_s=0.2).request(b"GET", b"/", [])
             assert 0.15 < time.monotonic() - start_s < 2
 
     run(main())
@@ -682,28 +1024,156 @@ def test_an_ipv6_literal(run: Run) -> None:
     run(main())
 
 
+def test_a_unix_socket(run: Run, tmp_path: Path) -> None:
+    got: list[bytes] = []
+
+    async def play(peer: Peer) -> None:
+        while True:
+            got.append(await peer.request())
+            await peer.send(OK)
+
+    async def main() -> None:
+        folder = os.open(tmp_path, os.O_RDONLY)  # a temporary folder's own path may be too long for a socket
+        path = f"/proc/self/fd/{folder}/a b.sock"
+        url = "http+unix://" + path.replace("/", "%2F").replace(" ", "%20")
+        with pytest.raises(ConnectFailed, match=r"^http\+unix://.*: No such file or directory$"):
+            await HttpClient(url).request(b"GET", b"/", [])
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(path)
+        async with serving(play, sock=listening, host=None, port=None) as server:
+            client = HttpClient(url + "/v1")
+            for _ in range(3):
+                assert await get(client, b"/x") == (200, b"hi")
+            assert len(server.peers) == 1
+            assert got == [b"GET /v1/x HTTP/1.1\r\nhost: localhost\r\n\r\n"] * 3
+            client.close()
+        os.close(folder)
+
+    run(main())
+
+
+@contextlib.contextmanager
+def deaf_address(family: socket.AddressFamily = socket.AF_INET) -> Iterator[Address]:
+    """An address that neither takes nor refuses connections."""
+    with socket.socket(family) as deaf, contextlib.ExitStack() as fillers:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for _ in range(8):  # the queue of a socket that nobody accepts from
+            filler = fillers.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(deaf.getsockname())
+        yield family, socket.SOCK_STREAM, 0, "", deaf.getsockname()
+
+
+def name(found: list[Address]) -> list[tuple[str, int]]:
+    """Have the running loop's name server say `found` of vllm.example; the questions that it is asked for it."""
+    loop = asyncio.get_running_loop()
+    real = loop.getaddrinfo
+    asked: list[tuple[str, int]] = []
+
+    async def getaddrinfo(host: str, port: int, **options: Any) -> Any:
+        if host != "vllm.example":
+            return await real(host, port, **options)  # uvloop's sock_connect asks for addresses, too
+        asked.append((host, port))
+        return found
+
+    loop.getaddrinfo = getaddrinfo  # type: ignore[assignment, method-assign]
+    return asked
+
+
+def test_each_address_of_a_name_is_tried(run: Run) -> None:
+    """First those that refuse, at once; then one that stays silent, for a while."""
+
+    async def main() -> None:
+        async with serving(Peer.answer_all) as server:
+            refusing: Address = (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", free_port()))
+            serving_one: Address = (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", server.port))
+            with deaf_address() as deaf:
+                for addresses, limit_s in (
+                    ([refusing, refusing, serving_one], NEXT_ADDRESS_S),
+                    ([deaf, serving_one], 2 * NEXT_ADDRESS_S),
+                    ([deaf, refusing, refusing, serving_one], 2 * NEXT_ADDRESS_S),
+                    ([serving_one, deaf], NEXT_ADDRESS_S),
+                ):
+                    asked = name(addresses)
+                    client = HttpClient("http://vllm.example:8000")
+                    start_s = time.monotonic()
+                    exchange = await client.request(b"GET", b"/", [])
+                    assert time.monotonic() - start_s < limit_s + 0.2
+                    assert await read_all(exchange) == b"hi"
+                    assert asked == [("vllm.example", 8000)]
+                    client.close()
+            assert len(server.peers) == 4
+
+    run(main())
+
+
+def test_no_address_of_a_name_answers(run: Run) -> None:
+    async def main() -> None:
+        addresses: list[Address] = [
+            (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", free_port())) for _ in range(3)
+        ]
+
+        name(addresses)
+        with pytest.raises(ConnectFailed, match=r"^http://vllm\.example: Connection refused$"):
+            await HttpClient("http://vllm.example").request(b"GET", b"/", [])
+        with deaf_address() as deaf:
+            addresses.append(deaf)
+            with pytest.raises(ConnectFailed, match=r"no connection within 0\.4 s$"):
+                await HttpClient("http://vllm.example", connect_timeout_s=0.4).request(b"GET", b"/", [])
+
+    run(main())
+
+
+def test_small_requests_are_sent_at_once(run: Run) -> None:
+    """Nagle's algorithm is off: it would hold an upload's parts back for the server's acknowledgements."""
+
+    async def main() -> None:
+        async with serving(Peer.answer_all) as server:
+            exchange = await HttpClient(server.url).request(b"GET", b"/", [])
+            assert exchange._connection is not None
+            sock = exchange._connection.transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            exchange.abort()
+
+    run(main())
+
+
+# --- TLS ------------------------------------------------------------------------------------------------------------
+
+
+class Certificates:
+    """Made now, each self-signed, in a folder: NAME.pem and NAME.key."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name, subject in (("named", "DNS:localhost"), ("numbered", "IP:127.0.0.1"), ("client", "DNS:client")):
+            command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                       "-days", "2", "-subj", f"/CN={name}", "-addext", f"subjectAltName={subject}",
+                       "-keyout", f"{name}.key", "-out", f"{name}.pem"]  # fmt: skip
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+    def file(self, name: str) -> Path:
+        return self.folder / name
+
+    def server(self, name: str = "named") -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.file(f"{name}.pem"), self.file(f"{name}.key"))
+        return context
+
+
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate for localhost with its key, in one PEM file, made now."""
-    folder = tmp_path_factory.mktemp("tls")
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-               "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost",
-               "-keyout", "key.pem", "-out", "cert.pem"]  # fmt: skip
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        return Certificates(tmp_path_factory.mktemp("tls"))
     except FileNotFoundError:
         pytest.skip("no openssl to make a certificate with")
-    pem = folder / "both.pem"
-    pem.write_bytes((folder / "key.pem").read_bytes() + (folder / "cert.pem").read_bytes())
-    return pem
 
 
-def test_tls_is_verified(run: Run, certificate: Path) -> None:
+def test_tls_is_verified(run: Run, certificates: Certificates) -> None:
     async def main() -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate)
-        async with serving(Peer.answer_all, ssl=context) as server:
-            trusting = ssl.create_default_context(cafile=str(certificate))
+        async with serving(Peer.answer_all, ssl=certificates.server()) as server:
+            trusting = client_context(certificates.file("named.pem"))
             client = HttpClient(f"https://localhost:{server.port}", tls=trusting)
             for _ in range(3):
                 assert await get(client) == (200, b"hi")
@@ -719,6 +1189,141 @@ def test_tls_is_verified(run: Run, certificate: Path) -> None:
                 await get(HttpClient(f"https://localhost:{server.port}"))
             with pytest.raises(ConnectFailed, match=r"(?i)certificate verify failed"):  # for another name
                 await get(HttpClient(f"https://127.0.0.1:{server.port}", tls=trusting))
+
+    run(main())
+
+
+def test_tls_by_address_and_by_name(run: Run, certificates: Certificates) -> None:
+    """A certificate may be for an address; and the server is told which name was meant."""
+    names: list[str | None] = []
+
+    async def main() -> None:
+        context = certificates.server("numbered")
+        context.sni_callback = lambda _, name, __: names.append(name)
+        async with serving(Peer.answer_all, ssl=context) as server:
+            trusting = client_context(certificates.file("numbered.pem"))
+            client = HttpClient(f"https://127.0.0.1:{server.port}", tls=trusting)
+            assert await get(client) == (200, b"hi")
+            client.close()
+            with pytest.raises(ConnectFailed, match=r"(?i)certificate verify failed"):
+                await get(HttpClient(f"https://localhost:{server.port}", tls=trusting))
+            assert names == [None, "localhost"]
+
+    run(main())
+
+
+def test_a_server_that_asks_for_a_certificate(run: Run, certificates: Certificates) -> None:
+    async def main() -> None:
+        context = certificates.server()
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(certificates.file("client.pem"))
+        ca = certificates.file("named.pem")
+        async with serving(Peer.answer_all, ssl=context) as server:
+            url = f"https://localhost:{server.port}"
+            shown = client_context(ca, certificates.file("client.pem"), certificates.file("client.key"))
+            client = HttpClient(url, tls=shown)
+            assert await get(client) == (200, b"hi")
+            client.close()
+            with pytest.raises((ConnectFailed, ConnectionLost)):  # TLS 1.3: told after the handshake
+                await get(HttpClient(url, tls=client_context(ca)))
+
+    run(main())
+
+
+CONTEXTS = [
+    # CA file, certificate, key, what is said of it
+    ("gone", None, None, r"^CA file '.*gone': expected PEM certificates \(No such file or directory\)$"),
+    ("text", None, None, r"^CA file '.*text': expected PEM certificates \(.+\)$"),
+    (None, None, "client.key", r"^key file '.*client\.key': expected a certificate file beside it$"),
+    (None, "gone", None, r"^certificate file '.*gone': No such file or directory$"),
+    (None, "client.pem", "gone", r"^key file '.*gone': No such file or directory$"),
+    (None, "client.pem", None, r"^certificate file '.*client\.pem': expected a PEM certificate and its key \(.+\)$"),
+    (None, "client.pem", "named.key", r"^certificate file '.*' with key '.*named\.key': .* \(key values mismatch\)$"),
+    (None, "text", "client.key", r"^certificate file '.*text' with key '.*': expected a PEM certificate and its key"),
+    (None, "client.pem", "locked.key", r"^certificate file '.*' with key '.*': .* \(the key has a password\)$"),
+]
+
+
+@pytest.mark.parametrize(("ca", "cert", "key", "rule"), CONTEXTS)
+def test_wrong_tls_files_are_named(
+    certificates: Certificates, ca: str | None, cert: str | None, key: str | None, rule: str
+) -> None:
+    certificates.file("text").write_text("no PEM\n")
+    subprocess.run(
+        ["openssl", "ec", "-in", "client.key", "-aes128", "-passout", "pass:secret", "-out", "locked.key"],
+        cwd=certificates.folder,
+        check=True,
+        capture_output=True,
+    )
+    with pytest.raises(ValueError, match=rule) as info:
+        client_context(*[None if name is None else certificates.file(name) for name in (ca, cert, key)])
+    assert "\n" not in str(info.value)
+
+
+def test_a_context_always_verifies(certificates: Certificates) -> None:
+    for context in (client_context(), client_context(certificates.file("named.pem"))):
+        assert context.verify_mode is ssl.CERT_REQUIRED
+        assert context.check_hostname
+    assert client_context().cert_store_stats()["x509_ca"] > 1  # the system's
+    assert client_context(certificates.file("named.pem")).cert_store_stats()["x509"] == 1  # and no other
+
+
+UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\n\r\nhi"
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_body_until_close_is_whole_only_with_close_notify(
+    run: Run, certificates: Certificates, version: ssl.TLSVersion, is_whole: bool
+) -> None:
+    """Anybody on the way can end a TCP connection; only the server can end the TLS in it."""
+    context = certificates.server()
+    context.maximum_version = version
+
+    def serve(listening: socket.socket) -> None:
+        taken, _ = listening.accept()
+        with context.wrap_socket(taken, server_side=True) as secured:
+            secured.recv(65536)
+            secured.sendall(UNTIL_CLOSE)
+            if is_whole:
+                with contextlib.suppress(OSError):  # the client need not answer in kind
+                    secured.unwrap()
+            else:
+                secured.shutdown(socket.SHUT_WR)  # of TCP
+                secured.recv(1)
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            serving_one = asyncio.get_running_loop().run_in_executor(None, serve, listening)
+            url = f"https://localhost:{listening.getsockname()[1]}"
+            exchange = await HttpClient(url, tls=client_context(certificates.file("named.pem"))).request(
+                b"GET", b"/", []
+            )
+            body: list[bytes] = []
+            with contextlib.nullcontext() if is_whole else pytest.raises(ConnectionLost):
+                await read_into(body, exchange)
+            assert (b"".join(body), exchange.is_complete) == (b"hi", is_whole)
+            await serving_one
+
+    run(main())
+
+
+def test_a_body_until_close_is_not_whole_after_a_reset(run: Run) -> None:
+    async def play(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(UNTIL_CLOSE)
+        await asyncio.sleep(0.02)
+        sock = peer.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.writer.transport.abort()
+
+    async def main() -> None:
+        async with serving(play) as server:
+            exchange = await HttpClient(server.url).request(b"GET", b"/", [])
+            body: list[bytes] = []
+            with pytest.raises(ConnectionLost, match="reset"):
+                await read_into(body, exchange)
+            assert b"".join(body) == b"hi"
 
     run(main())
 
@@ -846,6 +1451,35 @@ def test_a_body_is_sent_as_it_comes(run: Run) -> None:
             assert len(server.peers) == 3
             assert await get(client) == (200, b"hi")
             assert len(server.peers) == 3
+            client.close()
+
+    run(main())
+
+
+def test_trailers_follow_a_chunked_body(run: Run) -> None:
+    got: list[bytes] = []
+
+    async def play(peer: Peer) -> None:
+        got.append(await peer.reader.readuntil(b"\r\nx-sum: 4\r\n\r\n"))
+        await peer.send(OK)
+        await peer.left()
+
+    async def main() -> None:
+        size = 0
+
+        async def counted() -> AsyncIterator[bytes]:
+            nonlocal size
+            for part in (b"ab", b"cd"):
+                size += len(part)
+                yield part
+
+        async with serving(play) as server:
+            client = HttpClient(server.url)
+            exchange = await client.request(
+                b"POST", b"/", [], counted(), chunked=True, trailers=lambda: [(b"x-sum", b"%d" % size)]
+            )
+            assert await read_all(exchange) == b"hi"
+            assert got[0].endswith(b"\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n2\r\ncd\r\n0\r\nx-sum: 4\r\n\r\n")
             client.close()
 
     run(main())
@@ -1023,10 +1657,10 @@ def test_framing_alone_does_not_stop_the_reading(run: Run) -> None:
 
     async def play(peer: Peer) -> None:
         await peer.request()
-        await peer.send(CHUNKED + b"2\r\nhi\r\n")
+        await peer.send(CHUNKED + b"%x\r\n%b\r\n" % (READ_AHEAD_BYTES, b"x" * READ_AHEAD_BYTES))
         await asyncio.sleep(0.02)
         await peer.send(b"0\r\n")
-        for _ in range(2 * READ_AHEAD_BYTES // 4096):
+        for _ in range(40):
             await peer.send(b"x: " + b"y" * 4091 + b"\r\n")
         await peer.send(b"\r\n")
         await peer.left()
@@ -1034,7 +1668,9 @@ def test_framing_alone_does_not_stop_the_reading(run: Run) -> None:
     async def main() -> None:
         async with serving(play) as server:
             client = HttpClient(server.url)
-            assert await get(client) == (200, b"hi")
+            exchange = await client.request(b"GET", b"/", [])
+            assert len(await read_all(exchange)) == READ_AHEAD_BYTES
+            assert exchange.trailers == [(b"x", b"y" * 4091)] * 40
             client.close()
 
     run(main())
@@ -1077,10 +1713,38 @@ URLS = [
     ("http://h:", "http://h:", False, "h", 80, b"", b"h"),
 ]
 
+SOCKETS = [
+    # text, shown as, path, prefix
+    ("http+unix://%2Frun%2Fvllm.sock", "http+unix://%2Frun%2Fvllm.sock", b"/run/vllm.sock", b""),
+    ("http+unix://%2frun%2FA%20b%C3%A9.sock/v1/", "http+unix://%2frun%2FA%20b%C3%A9.sock/v1", b"/run/A b\xc3\xa9.sock",
+     b"/v1"),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize(("text", "shown", "is_tls", "host", "port", "prefix", "authority"), URLS)
 def test_a_base_url(text: str, shown: str, is_tls: bool, host: str, port: int, prefix: bytes, authority: bytes) -> None:
     assert parse_base_url(text) == BaseUrl(shown, is_tls, host, port, prefix, authority)
+
+
+@pytest.mark.parametrize(("text", "shown", "path", "prefix"), SOCKETS)
+def test_a_base_url_of_a_unix_socket(text: str, shown: str, path: bytes, prefix: bytes) -> None:
+    assert parse_base_url(text) == BaseUrl(shown, False, "localhost", 0, prefix, b"localhost", path)
+
+
+BAD_SOCKETS = [
+    "http+unix://", "http+unix:///run/vllm.sock", "http+unix://run%2Fvllm.sock", "http+unix://%2F", "http+unix://%2Frun:80",
+    "http+unix://%2Frun%2", "http+unix://%2Frun%zz", "http+unix://%2Frun%00", "http+unix://%2Frun?a", "http+unix://%2Frun#a",
+    "http+unix://%2F" + "x" * 107, "http+unix://%2Frün", "http+unix://%2Frun /x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD_SOCKETS)
+def test_a_wrong_url_of_a_unix_socket_is_refused_with_the_rule(text: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^upstream URL .*: expected http\+unix://%2FPATH%2FTO\.sock\[/PREFIX\], a.* path "
+    ) as info:
+        parse_base_url(text)
+    assert repr(text) in str(info.value)
 
 
 BAD_URLS = [
@@ -1093,7 +1757,8 @@ BAD_URLS = [
 @pytest.mark.parametrize("text", BAD_URLS)
 def test_a_wrong_base_url_is_refused_with_the_rule(text: str) -> None:
     with pytest.raises(
-        ValueError, match=r"^upstream URL .*: expected http://HOST\[:PORT\]\[/PREFIX\] or https://\.\.\."
+        ValueError,
+        match=r"^upstream URL .*: expected http://HOST\[:PORT\]\[/PREFIX\], https://\.\.\. or http\+unix://\.\.\.",
     ) as info:
         parse_base_url(text)
     assert repr(text) in str(info.value)

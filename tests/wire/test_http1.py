@@ -8,7 +8,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.wire.cuts import CUTS, every_byte, pieces_at
-from wire.http1 import MAX_HEAD_BYTES, BadResponse, Headers, ResponseParser, encode_head
+from wire.http1 import (
+    MAX_HEAD_BYTES,
+    MAX_INTERIM,
+    BadResponse,
+    Headers,
+    Response,
+    ResponseParser,
+    encode_head,
+    encode_lines,
+)
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
@@ -31,9 +40,10 @@ def read(pieces: list[bytes], *, is_head: bool = False, is_eof: bool = False, he
         parser.feed(piece)
     if is_eof:
         parser.feed_eof()
-    assert parser.head_done or not parser.is_complete
-    shown = parser.headers if headers else None
-    return Read(parser.status, b"".join(parser.body), parser.is_complete, parser.is_reusable, shown)
+    assert parser.response.has_head or not parser.is_complete
+    shown = parser.response.headers if headers else None
+    is_reusable = parser.is_complete and parser.is_reusable
+    return Read(parser.status, b"".join(parser.response.parts), parser.is_complete, is_reusable, shown)
 
 
 CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
@@ -48,7 +58,7 @@ RESPONSES: list[tuple[bytes, Read]] = [
     (OK + CHUNKED + b"A\r\n0123456789\r\n0\r\n\r\n", Read(body=b"0123456789")),
     (OK + CHUNKED + b"2\r\nhi\r\n0\r\nx-checksum: 7\r\n\r\n", Read(body=b"hi")),
     (OK + CHUNKED + b"2\r\nhi\r\n0\r\n", Read(body=b"hi", is_complete=False, is_reusable=False)),
-    (OK + b"transfer-encoding: gzip, chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n", Read(body=b"hi")),
+    (OK + b"Transfer-Encoding: \t CHUNKED \r\n\r\n2\r\nhi\r\n0\r\n\r\n", Read(body=b"hi")),
     # Interim answers are none.
     (
         b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Hints\r\nlink: x\r\n\r\n" + OK + CHUNKED + b"2\r\nhi\r\n0\r\n\r\n",
@@ -67,6 +77,19 @@ RESPONSES: list[tuple[bytes, Read]] = [
     # An offer to upgrade, as Apache makes it, is no upgrade.
     (OK + b"upgrade: h2,h2c\r\nconnection: Upgrade, Keep-Alive\r\ncontent-length: 2\r\n\r\nhi", Read(body=b"hi")),
     (OK + b"upgrade: h2c\r\nconnection: Upgrade\r\n" + CHUNKED + b"2\r\nhi\r\n0\r\n\r\n", Read(body=b"hi")),
+    # RFC 9112, section 6.1: HTTP/1.0 has no chunks; read, but no more from there.
+    (b"HTTP/1.0 200 OK\r\nconnection: keep-alive\r\n" + CHUNKED + b"2\r\nhi\r\n0\r\n\r\n",
+     Read(body=b"hi", is_reusable=False)),
+    # An answer that has no body, and announces one: what comes next may be it.
+    (b"HTTP/1.1 204 X\r\ncontent-length: 5\r\n\r\n", Read(204, is_reusable=False)),
+    (b"HTTP/1.1 204 X\r\ncontent-length: 0\r\n\r\n", Read(204)),
+    (b"HTTP/1.1 204 X\r\n" + CHUNKED, Read(204, is_reusable=False)),
+    # What llhttp takes for framing in a trailer, too.
+    (OK + CHUNKED + b"0\r\nconnection: close\r\n\r\n", Read(is_reusable=False)),
+    (OK + CHUNKED + b"0\r\ntransfer-encoding: gzip\r\n\r\n", Read(is_reusable=False)),
+    # The head of an interim answer says nothing of the next one.
+    (b"HTTP/1.1 102 X\r\n" + CHUNKED + OK + b"content-length: 2\r\n\r\nhi", Read(body=b"hi")),
+    (b"HTTP/1.1 102 X\r\n" + CHUNKED + OK + CHUNKED + b"2\r\nhi\r\n0\r\n\r\n", Read(body=b"hi")),
     # More than was asked for.
     (OK + b"content-length: 2\r\n\r\nhi.", Read(body=b"hi", is_reusable=False)),
     (OK + CHUNKED + b"2\r\nhi\r\n0\r\n\r\n\0", Read(body=b"hi", is_reusable=False)),
@@ -89,8 +112,7 @@ UNTIL_CLOSE = [
     OK + b"\r\nhi",
     OK + b"connection: close\r\n\r\nhi",
     b"HTTP/1.0 200 OK\r\n\r\nhi",
-    OK + b"transfer-encoding: gzip\r\n\r\nhi",  # RFC 9112, section 6.3: chunked is not the last coding
-    OK + b"transfer-encoding: chunked, gzip\r\n\r\nhi",
+    OK + b"Connection: keep-alive\r\n\r\nhi",
 ]
 
 
@@ -117,14 +139,15 @@ def test_an_answer_to_head_has_no_body(stream: bytes, expected: Read) -> None:
     assert read(every_byte(stream), is_head=True) == expected
 
 
-def test_headers_stay_as_they_came_and_trailers_are_left_out() -> None:
+def test_headers_interim_answers_and_trailers_stay_as_they_came() -> None:
     stream = (
-        b"HTTP/1.1 103 Early Hints\r\nLink: no\r\n\r\n"
+        b"HTTP/1.1 100 Continue\r\nX-Dropped: 1\r\n\r\n"
+        + b"HTTP/1.1 103 Early Hints\r\nLink: </a>; rel=preload\r\nlink: b \r\n\r\nHTTP/1.1 102 Processing\r\n\r\n"
         + OK
-        + b'Set-Cookie: a\r\nSET-cookie:  b \r\nX-Odd: \xff\xe9, "\r\nEmpty:\r\nTransfer-Encoding: chunked\r\n\r\n'
-        + b"0\r\nX-Trailer: no\r\n\r\n"
+        + b'Set-Cookie: a\r\nSET-cookie:  b \t \r\nX-Odd: \xff\xe9, "\r\nEmpty:\r\nTransfer-Encoding: chunked\r\n\r\n'
+        + b"2;x=y\r\nhi\r\n0\r\nX-Trailer: one \r\nHost: no\r\nx-trailer: two\r\n\r\n"
     )
-    expected = [
+    headers = [
         (b"Set-Cookie", b"a"),
         (b"SET-cookie", b"b"),
         (b"X-Odd", b'\xff\xe9, "'),
@@ -132,7 +155,31 @@ def test_headers_stay_as_they_came_and_trailers_are_left_out() -> None:
         (b"Transfer-Encoding", b"chunked"),
     ]
     for pieces in ([stream], every_byte(stream)):
-        assert read(pieces, headers=True).headers == expected
+        parser = ResponseParser()
+        for piece in pieces:
+            parser.feed(piece)
+        response = parser.response
+        assert response.headers == headers
+        assert response.interim == [(103, [(b"Link", b"</a>; rel=preload"), (b"link", b"b")]), (102, [])]
+        assert response.trailers == [(b"X-Trailer", b"one"), (b"x-trailer", b"two")]
+        assert response.is_complete
+        assert parser.is_reusable
+
+
+def test_one_parser_reads_the_answers_of_a_connection_one_after_the_other() -> None:
+    """Each as if it were the first: nothing of one is left in the next."""
+    parser = ResponseParser()
+    answers = [stream for stream, expected in RESPONSES if expected.is_reusable] * 2
+    for number, stream in enumerate(answers):
+        is_head = number % 3 == 0
+        stream = stream[: stream.index(b"\r\n\r\n", stream.rindex(b"HTTP/1")) + 4] if is_head else stream
+        response = Response()
+        parser.begin(response, is_head=is_head)
+        for piece in every_byte(stream) if number % 2 else [stream]:
+            parser.feed(piece)
+        alone = read([stream], is_head=is_head, headers=True)
+        assert alone == Read(response.status, b"".join(response.parts), True, parser.is_reusable, response.headers)
+        assert parser.is_reusable
 
 
 REFUSED = [
@@ -142,7 +189,24 @@ REFUSED = [
     b"HTTP/2 200 OK\r\n\r\n",
     b"HTTP/3.1 200 OK\r\n\r\n",
     b"HTTP/1.1 20x OK\r\n\r\n",
+    b"HTTP/0.9 200 OK\r\ncontent-length: 0\r\n\r\n",
+    b"HTTP/2.0 200 OK\r\ncontent-length: 0\r\nproxy-connection: keep-alive\r\n\r\n",
     b"HTTP/1.1 099 X\r\ncontent-length: 0\r\n\r\n",
+    b"HTTP/1.1  200 OK\r\ncontent-length: 0\r\n\r\n",
+    # RFC 9112, section 7: nobody asked for a coding, and here nobody could undo one.
+    OK + b"transfer-encoding: gzip, chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
+    OK + b"transfer-encoding: chunked, gzip\r\n\r\nhi",
+    OK + b"transfer-encoding: gzip\r\n\r\nhi",
+    OK + b"transfer-encoding: identity\r\n\r\nhi",
+    OK + b"transfer-encoding: xchunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
+    OK + b"transfer-encoding: chunked\t\r\n\r\n2\r\nhi\r\n0\r\n\r\n",  # which llhttp reads until close
+    OK + b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
+    OK + b"transfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
+    OK + CHUNKED + b"2\r\nhi\r\n0\r\ncontent-length: 2\r\n\r\n",
+    OK + b"content-length: +2\r\n\r\nhi",
+    OK + b"content-length: \r\n\r\nhi",
+    OK + b"content-length: 2 2\r\n\r\nhi",
+    b"HTTP/1.1 304 X\r\ncontent-length: 5\r\n" + CHUNKED,
     OK + b"content-length: 2\r\ncontent-length: 2\r\n\r\nhi",
     OK + b"content-length: 2\r\ncontent-length: 3\r\n\r\nhi",
     OK + b"content-length: 2, 2\r\n\r\nhi",
@@ -187,6 +251,43 @@ def test_a_head_over_the_limit_is_refused_wherever_it_is_cut(interim: bytes) -> 
         read([b"HTTP/1.1 100 Continue\r\n\r\n"] * 20_000)
 
 
+@pytest.mark.parametrize("trailer", [b"x: " + b"y" * 4093, b"x: " + b"y" * 600_000])
+def test_trailers_over_the_limit_are_refused_wherever_they_are_cut(trailer: bytes) -> None:
+    start = OK + CHUNKED + b"2\r\nhi\r\n0\r\n"
+    stream = start + (trailer + b"\r\n") * 80 + b"\r\n"
+    for cuts in ([], [len(start)], list(range(0, len(stream), 1000))):
+        with pytest.raises(BadResponse, match="response trailers over 262144 bytes"):
+            read(pieces_at(stream, cuts))
+
+
+def test_framing_that_comes_apart_from_the_body_is_not_counted_together() -> None:
+    """A server that writes a chunk's size and its bytes each for itself."""
+    parser = ResponseParser()
+    parser.feed(OK + CHUNKED)
+    size = b"1;" + b"x" * 998
+    for _ in range(1000):
+        parser.feed(size)
+        parser.feed(b"\r\na\r\n")
+    parser.feed(b"0\r\n\r\n")
+    assert parser.is_complete
+    assert b"".join(parser.response.parts) == b"a" * 1000
+
+
+def test_interim_answers_that_nobody_looks_at_are_refused() -> None:
+    interim = b"HTTP/1.1 103 Early Hints\r\n\r\n"
+    final = OK + b"content-length: 0\r\n\r\n"
+    assert read([b"HTTP/1.1 100 Continue\r\n\r\n" * 99 + interim * MAX_INTERIM + final]) == Read()
+    with pytest.raises(BadResponse, match="more than 16 interim responses"):
+        read([interim * (MAX_INTERIM + 1)])
+    parser = ResponseParser()
+    for _ in range(3 * MAX_INTERIM):
+        parser.feed(interim)
+        assert parser.response.interim == [(103, [])]
+        parser.response.interim.clear()
+    parser.feed(final)
+    assert parser.is_complete
+
+
 BODY = st.lists(st.binary(min_size=1, max_size=20), max_size=4)
 
 
@@ -227,3 +328,5 @@ def test_a_request_head() -> None:
         encode_head(b"POST", b"/v1?a=b", headers) == b"POST /v1?a=b HTTP/1.1\r\nhost: h:1\r\nX-A: \xff\r\nx-a: \r\n\r\n"
     )
     assert encode_head(b"GET", b"/", []) == b"GET / HTTP/1.1\r\n\r\n"
+    assert encode_lines(headers) == b"host: h:1\r\nX-A: \xff\r\nx-a: \r\n"
+    assert encode_lines([]) == b""

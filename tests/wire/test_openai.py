@@ -6,21 +6,24 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from wire.openai import (
+    LONG_TEXT_BYTES,
     NO_FACTS,
     Family,
     RequestFacts,
     Usage,
     ask_for_usage,
+    cut_texts,
     error_type_of,
     family_of,
     read_form,
     read_payload,
     read_request,
     usage_of,
+    with_model,
 )
 
 
@@ -209,6 +212,96 @@ def test_the_facts_are_what_python_reads(text: str) -> None:
     assert found.has_stream_options is (found.stream and "stream_options" in read)
     options = read.get("stream_options")
     assert found.asks_usage is (isinstance(options, dict) and options.get("include_usage") is True)
+
+
+# --- long texts -----------------------------------------------------------------------------------------------------
+
+LONG = "x" * 9000
+PIECES = st.sampled_from(['"', "\\", "\n", "é", "\u2028", "😀", "a", ",", "}", '":', "x" * 700, "y" * LONG_TEXT_BYTES])
+LONG_TEXTS = st.lists(PIECES, max_size=12).map("".join)
+LONG_REQUESTS = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["prompt", "user", "a", "model", "session_id"]), LONG_TEXTS),
+        st.tuples(st.just("metadata"), st.dictionaries(st.sampled_from(["session_id", "x"]), LONG_TEXTS)),
+        st.tuples(
+            st.just("messages"), st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": LONG_TEXTS}))
+        ),
+        st.tuples(st.just("stream"), st.booleans()),
+        st.tuples(st.just("stream_options"), OPTIONS | st.dictionaries(st.just("x"), LONG_TEXTS)),
+        st.tuples(st.just("max_tokens"), st.integers(0, 99)),
+    ),
+    max_size=8,
+).map(lambda pairs: ((("prompt", LONG), *pairs)))
+
+
+def spelt(pairs: tuple[tuple[str, Any], ...], as_ascii: bool) -> bytes:
+    members = [json.dumps(name) + ": " + json.dumps(value, ensure_ascii=as_ascii) for name, value in pairs]
+    return ("{" + ",".join(members) + "}").encode()
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs=LONG_REQUESTS, as_ascii=st.booleans())
+@example(pairs=(("prompt", "\\" * 9001), ("model", "m")), as_ascii=True)
+@example(pairs=(("prompt", '"' * 9001), ("model", "m")), as_ascii=True)
+@example(pairs=(("model", LONG), ("session_id", LONG)), as_ascii=True)
+@example(pairs=(("messages", [{"role": "user", "content": LONG}] * 3), ("user", LONG)), as_ascii=True)
+@example(pairs=(("a", {f"k{number}": "v" for number in range(50)}), ("prompt", LONG)), as_ascii=True)
+def test_a_long_request_says_what_python_reads(pairs: tuple[tuple[str, Any], ...], as_ascii: bool) -> None:
+    body = spelt(pairs, as_ascii)
+    read = dict(pairs)
+    found = read_request(body)
+    assert found.is_json
+    assert (found.model, found.max_tokens) == (read.get("model"), read.get("max_tokens"))
+    metadata = read.get("metadata", {})
+    session = metadata.get("session_id") or read.get("session_id") or None
+    assert found.session_id == (session and session[:256])
+    raw = bytes(found.messages)
+    assert (json.loads(raw) if raw else None) == read.get("messages")
+    assert raw in body
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs=LONG_REQUESTS.map(lambda pairs: (*pairs, ("stream", True))), as_ascii=st.booleans())
+@example(pairs=(("prompt", LONG), ("stream_options", {"x": LONG}), ("stream", True)), as_ascii=True)
+@example(pairs=(("prompt", LONG), ("stream", True), ("stream_options", {"x": 1}), ("user", LONG)), as_ascii=False)
+def test_a_long_request_is_asked_for_usage_like_any(pairs: tuple[tuple[str, Any], ...], as_ascii: bool) -> None:
+    body = spelt(pairs, as_ascii)
+    found = read_request(body)
+    if found.asks_usage:
+        return
+    asked = ask_for_usage(body, found)
+    read = json.loads(body)
+    options = {} if read.get("stream_options") is None else read["stream_options"]
+    if not isinstance(options, dict) or options.get("include_usage") not in (None, False):
+        assert asked is None
+        return
+    assert asked is not None
+    wanted = {key: value for key, value in options.items() if key != "continuous_usage_stats"} | {"include_usage": True}
+    assert json.loads(asked) == read | {"stream_options": wanted}
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(LONG_TEXTS, max_size=30), as_ascii=st.booleans())
+@example(texts=["\\" * 20_000], as_ascii=True)
+@example(texts=['"' * 20_000, LONG], as_ascii=True)
+def test_what_is_cut_are_the_insides_of_texts(texts: list[str], as_ascii: bool) -> None:
+    data = json.dumps([LONG, *texts], ensure_ascii=as_ascii).encode()
+    cut, spans = cut_texts(data)
+    assert spans[0] == (2, 2 + len(LONG))
+    whole = cut
+    for number, (start, end) in enumerate(spans):
+        assert end - start > LONG_TEXT_BYTES
+        assert json.loads(data[start - 1 : end + 1]) in [LONG, *texts]
+        whole = whole.replace(b'"\xff%d"' % number, data[start - 1 : end + 1], 1)
+    assert whole == data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xff" * 9000, b'"' + b"x" * 9000, b'"' + b"\\" * 9000 + b'"', b"1," * 9000, b'"%b\xff"' % LONG.encode()],
+)
+def test_what_is_not_cut(data: bytes) -> None:
+    assert cut_texts(data) == (data, [])
 
 
 # --- asking for usage -----------------------------------------------------------------------------------------------
@@ -463,3 +556,51 @@ def test_reading_a_payload_raises_for_no_bytes(data: bytes) -> None:
         error_type_of(payload)
         for family in Family:
             usage_of(payload, family)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"model":"a"}', b'{"model":"new"}'),
+        (b' { "n" : 1.50 , "model" :\n "a" , "x": [ ] } ', b' { "n" : 1.50 , "model" :\n "new" , "x": [ ] } '),
+        (b'\xef\xbb\xbf{"model":"a"}', b'\xef\xbb\xbf{"model":"new"}'),
+        (b'{"model":"\\"}\\u00e9","n":1}', b'{"model":"new","n":1}'),
+        (b'{"model":"","n":1}', b'{"model":"new","n":1}'),
+        (b'{"prompt":"\\"model\\":\\"x\\"","model":"a"}', b'{"prompt":"\\"model\\":\\"x\\"","model":"new"}'),
+        (b'{"tools":[{"model":"x"}],"model":"a","y":{"model":"z"}}',
+         b'{"tools":[{"model":"x"}],"model":"new","y":{"model":"z"}}'),
+        (b'{"a":"model","model":"a"}', b'{"a":"model","model":"new"}'),
+        (b'{"a":"}]{[","b":{"model":"}"},"model":"a"}', b'{"a":"}]{[","b":{"model":"}"},"model":"new"}'),
+        (b'{"model":"a","model":"b"}', b'{"model":"a","model":"new"}'),  # the last one counts
+        (b'{"model":5,"model":"b"}', b'{"model":5,"model":"new"}'),
+        (b'{"mod\\u0065l":"a"}', b'{"mod\\u0065l":"new"}'),
+        (b'{"model":"a","mod\\u0065l":"b"}', b'{"model":"a","mod\\u0065l":"new"}'),
+        ('{"é":"ü","model":"ö"}'.encode(), '{"é":"ü","model":"new"}'.encode()),
+        (b'{"x":{"model":"a"}}', None),
+        (b'{"prompt":"model"}', None),
+        (b'{"model":null}', None),
+        (b'{"model":"a","model":7}', None),
+        (b'{"model":"a"', None),
+        (b'["model"]', None),
+        (b"--form\r\n", None),
+        (b"", None),
+    ],
+)  # fmt: skip
+def test_another_model(body: bytes, expected: bytes | None) -> None:
+    assert with_model(body, "new") == expected
+
+
+@given(
+    st.dictionaries(st.text(max_size=5) | st.just("model"), st.recursive(
+        st.text(max_size=9) | st.just('"model":"'), lambda inner: st.lists(inner, max_size=3)
+        | st.dictionaries(st.just("model") | st.text(max_size=3), inner, max_size=3)), max_size=5),
+    st.text(max_size=5), st.text(max_size=5), st.booleans(), st.sampled_from([None, 1]),
+)  # fmt: skip
+def test_another_model_is_the_only_difference(
+    fields: dict[str, Any], old: str, new: str, ascii_only: bool, indent: int | None
+) -> None:
+    body = json.dumps({**fields, "model": old}, ensure_ascii=ascii_only, indent=indent).encode()
+    renamed = with_model(body, new)
+    assert renamed is not None
+    assert list(json.loads(renamed).items()) == list({**fields, "model": new}.items())
+    assert with_model(renamed, old) == with_model(body, old)
