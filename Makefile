@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench lint lock clean
+.PHONY: demo test test-slow fuzz bench lint lock clean
 
 .venv/.installed: requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"burstgate needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]} (set PYTHON=...)")'
@@ -21,6 +21,11 @@ test: .venv/.installed
 # The rest: the long crash and outage rounds, and the suites against a real vLLM where one can be had.
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m "slow or vllm"
+
+# The wire's parsers against bytes of all kinds, FUZZ_S seconds each; needs atheris, and says how to get it.
+FUZZ_S ?= 600
+fuzz: .venv/.installed
+	for target in response events account; do $(BIN)/python -m tests.fuzz.fuzz_wire $$target -max_total_time=$(FUZZ_S) || exit 1; done
 
 # burstgate against its rivals, which it installs into .bench; under 15 minutes. ARGS='--only unary,stream' for a part.
 bench: .venv/.installed

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
+from types import FrameType
 from typing import Any, cast
 
 import uvicorn
@@ -160,11 +161,30 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+class WorkerServer(uvicorn.Server):
+    """uvicorn, whose connections hear of the end before they are listed, and whose second signal means it."""
+
+    def __init__(self, config: uvicorn.Config, app: GatewayApp) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain."""
+        self._app.gateway.is_stopping = True
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second ends what still runs; either way every request is recorded."""
+        if self.should_exit and self.started:
+            self._app.loop.call_soon_threadsafe(self._app.gateway.stop)
+        self.should_exit = True
+
+
 def run_worker(task: ChildTask) -> None:
     """Serve until told to stop."""
     raise_descriptor_limit()
     app = build_app(task.settings)
-    server = uvicorn.Server(server_config(app, task.settings))
+    server = WorkerServer(server_config(app, task.settings), app)
 
     def stop() -> None:
         server.should_exit = True
@@ -176,7 +196,7 @@ def run_worker(task: ChildTask) -> None:
         def apply() -> None:
             try:
                 app.gateway.apply(settings)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (raised again where it was asked for)
                 done.set_exception(error)
             else:
                 done.set_result(None)

@@ -27,7 +27,7 @@ from proxy.settings import Settings, show_value
 from proxy.telemetry import sum_counters, worker_metrics
 from storage.doctor import Balance, live_writers
 from storage.engine import DatabaseUnavailable, DatabaseUrlError
-from storage.journal import directory_bytes
+from storage.journal import DROP_REASONS, directory_bytes
 
 BALANCE_AGE_S = 10.0
 """How old the database's and the journal's part of the metrics may be: a scrape never waits for the database."""
@@ -151,7 +151,7 @@ def build_control(settings: Settings) -> FastAPI:
                 now.workers,
                 values.get("in_flight", 0),
                 values.get("accepted", 0),
-                {reason: values.get(f"dropped_{reason}", 0) for reason in ("budget", "io")},
+                {reason: values.get(f"dropped_{reason}", 0) for reason in DROP_REASONS},
                 directory_bytes(settings.journal_dir),
                 show_value(settings.database),
                 balances.is_database_up,

@@ -112,7 +112,11 @@ class Gateway:
         self.sessions = sessions
         self.secret = secret
         self.estimates = Estimates()
+        self.last_answer = AnswerHead([], 0, bytes)
+        """Of the last answer: an upstream repeats itself."""
         self.connections: set[ClientConnection] = set()
+        self.is_stopping = False
+        """Connections end with what they have now."""
         self.watch = Watch(self.connections)
         self._tasks: set[asyncio.Task[None]] = set()
         self._use(settings)
@@ -162,6 +166,44 @@ class Gateway:
             connection.transport.abort()
 
 
+class AnswerHead:
+    """What an answer's headers say: those for the client, and what the gateway itself needs.
+
+    headers: as sent, without Content-Length. place: before which of them that stood; `lines` are those for the client
+    before it, `more_lines` those behind. locate: gives a Location its form for the client.
+    """
+
+    __slots__ = ("has_location", "headers", "is_encoded", "is_event_stream", "is_json", "lines", "more_lines", "place")
+
+    def __init__(self, headers: Headers, place: int, locate: Callable[[bytes], bytes]) -> None:
+        self.headers = headers
+        self.place = place
+        self.has_location = False
+        content_type = b""
+        self.is_encoded = False
+        before: Headers = []
+        behind: Headers = []
+        named: set[bytes] = set()
+        for index, (name, value) in enumerate(headers):
+            lower = name.lower()
+            if lower in _RESPONSE_HOP_BY_HOP:
+                if lower == b"connection":
+                    named.update(token.strip().lower() for token in value.split(b","))
+                continue
+            if lower == b"content-type":
+                content_type = value.lower()
+            elif lower == b"content-encoding":
+                self.is_encoded = value.lower() not in (b"", b"identity")
+            elif lower == b"location":
+                value = locate(value)
+                self.has_location = True
+            (before if index < place else behind).append((name, value))
+        self.is_event_stream = content_type.startswith(b"text/event-stream")
+        self.is_json = b"json" in content_type
+        self.lines = encode_lines([header for header in before if header[0].lower() not in named])
+        self.more_lines = encode_lines([header for header in behind if header[0].lower() not in named])
+
+
 class _Upload:
     """A body on its way through: what the client has sent and the upstream has not taken yet."""
 
@@ -209,11 +251,12 @@ class _Upload:
 class Request(Incoming):
     """The state of one request."""
 
-    __slots__ = ("_body", "_comment_ns", "_has_sent", "_is_event_stream", "_is_prepared", "_is_sized", "_lines", "_parts", "_ready_ns", "_size",
-                 "_task", "_upload", "account", "answered", "begun", "body_bytes", "client_gone", "endpoint", "error",
-                 "exchange", "facts", "family", "gateway", "is_over", "is_recorded", "keys", "log_type", "model", "path", "prefix",
-                 "received_at", "request_id", "selection", "sends_usage", "session", "shown_id", "start_ns", "status",
-                 "timed_out", "upstream")  # fmt: skip
+    __slots__ = ("_body", "_comment_ns", "_has_sent", "_is_event_stream", "_is_prepared", "_is_sized", "_lines",
+                 "_parts", "_ready_ns", "_size", "_task", "_upload", "account", "answered", "begun", "body_bytes",
+                 "client_gone", "endpoint", "error", "exchange", "facts", "family", "gateway", "is_over",
+                 "is_recorded", "keys", "log_type", "model", "path", "prefix", "received_at", "request_id",
+                 "selection", "sends_usage", "session", "shown_id", "start_ns", "status", "timed_out",
+                 "upstream")  # fmt: skip
 
     def __init__(
         self, gateway: Gateway, connection: ClientConnection, method: bytes, target: bytes, head: RequestHead
@@ -337,7 +380,9 @@ class Request(Incoming):
             self.connection.cut()
 
     def _too_large(self) -> GatewayError:
-        return GatewayError(413, "request_too_large", f"request body over {self.gateway.body_limit} bytes (limits.body)")
+        return GatewayError(
+            413, "request_too_large", f"request body over {self.gateway.body_limit} bytes (limits.body)"
+        )
 
     # what the watch says ----------------------------------------------------------------------------------------------
 
@@ -373,7 +418,7 @@ class Request(Incoming):
             self._refuse(error)
 
     def _comment(self, now_ns: int, comment_ns: int) -> None:
-        """A comment every so often while a stream's first event is awaited (a choice: its errors come too late then)."""
+        """Every so often, while a stream's first event is awaited. From the first on, an error comes too late."""
         exchange = self.exchange
         if exchange is None or self._has_sent or now_ns - (self._comment_ns or exchange.sent_ns) < comment_ns:
             return
@@ -492,7 +537,6 @@ class Request(Incoming):
         except Exception:  # noqa: BLE001 (never in the way: a defect in recording must not refuse a request)
             self.begun = False
             self._accounting_failed()
-
 
     # to the upstream --------------------------------------------------------------------------------------------------
 
@@ -681,35 +725,26 @@ class Request(Incoming):
 
     def _prepare(self, exchange: Exchange) -> None:
         """Read the answer's head: what goes to the client, and how the answer is accounted for."""
-        content_type = encoding = b""
-        lines: list[bytes] = []
-        named: set[bytes] = set()
-        is_sized = False
-        for name, value in exchange.headers:
-            lower = name.lower()
-            if lower in _RESPONSE_HOP_BY_HOP:
-                if lower == b"connection":
-                    named.update(token.strip().lower() for token in value.split(b","))
-                continue
-            if lower == b"content-type":
-                content_type = value.lower()
-            elif lower == b"content-encoding":
-                encoding = value.lower()
-            elif lower == b"content-length":
-                is_sized = True
-            elif lower == b"location":
-                value = self._own_location(value)
-            lines.append(b"%b: %b\r\n" % (name, value))
+        length = None
+        place = 0
+        headers: Headers = []
+        for header in exchange.headers:
+            if len(header[0]) == 14 and header[0].lower() == b"content-length":
+                length = header[1]
+                place = len(headers)
+            else:
+                headers.append(header)
+        head = self.gateway.last_answer
+        if headers != head.headers or place != head.place or head.has_location:
+            self.gateway.last_answer = head = AnswerHead(headers, place, self._own_location)
         self._is_prepared = True
-        self._is_event_stream = content_type.startswith(b"text/event-stream")
-        self._is_sized = is_sized
-        if named - {b"close", b"keep-alive"}:
-            lines = [line for line in lines if line.partition(b":")[0].lower() not in named]
-        if is_sized and self._is_event_stream and self.sends_usage:  # its length changes
-            lines = [line for line in lines if line[:15].lower() != b"content-length:"]
-            self._is_sized = False
-        self._lines = b"".join(lines)
-        self.account = self._new_account(exchange.status, content_type, encoding)
+        self._is_event_stream = head.is_event_stream
+        if length is not None and not (head.is_event_stream and self.sends_usage):  # which changes the length
+            self._is_sized = True
+            self._lines = b"%bcontent-length: %b\r\n%b" % (head.lines, length, head.more_lines)
+        else:
+            self._lines = head.lines + head.more_lines
+        self.account = self._new_account(exchange.status, head)
 
     def _begin_answer(self, exchange: Exchange) -> None:
         self.answered = True
@@ -817,15 +852,15 @@ class Request(Incoming):
             return location
         return b"http://%b%b" % (self.head.host, location[len(there) :])
 
-    def _new_account(self, status: int, content_type: bytes, encoding: bytes) -> Account:
-        if encoding not in (b"", b"identity"):
+    def _new_account(self, status: int, head: AnswerHead) -> Account:
+        if head.is_encoded:
             return _NO_ACCOUNT
         keep = self.keys is not None
-        if content_type.startswith(b"text/event-stream"):
+        if head.is_event_stream:
             if self.family is Family.OTHER:
                 return _NO_ACCOUNT
             return StreamAccount(self.family, strip_usage=self.sends_usage, keep_answer=keep)
-        if b"json" in content_type and (self.family is not Family.OTHER or status >= 400):
+        if head.is_json and (self.family is not Family.OTHER or status >= 400):
             return UnaryAccount(self.family, keep_answer=keep)
         return _NO_ACCOUNT
 

@@ -42,8 +42,8 @@ def countable(number: int | None) -> int | None:
 class RequestHead:
     """What the headers say: those to send on, and what the gateway itself needs. Shared by requests with equal ones."""
 
-    __slots__ = ("client_request_id", "content_type", "expects_continue", "forward", "host", "hosts", "lines", "log_type", "origin",
-                 "request_id", "run_id", "session", "size")  # fmt: skip
+    __slots__ = ("client_request_id", "content_type", "expects_continue", "forward", "host", "hosts", "lines",
+                 "log_type", "origin", "request_id", "run_id", "session", "size")  # fmt: skip
 
     def __init__(self, headers: Headers, session_header: bytes, log_type_header: bytes) -> None:
         """headers: names as sent, without Content-Length."""

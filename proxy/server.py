@@ -4,8 +4,9 @@ uvicorn accepts connections, runs the loop and stops it; each connection is one 
 `Incoming` of every request, tells it what arrives, and writes its answer, with these rules:
 
 - Requests of one connection are answered in order, one at a time; those pipelined behind wait, their number bounded.
-- A request's target and headers beyond the limit (twice that for a head that does not end), and bytes that are no HTTP request, are refused in OpenAI's envelope and
-  end the connection. Framing that could be read in two ways (RFC 9112, section 6.3) is llhttp's to refuse.
+- A request's target and headers beyond the limit (twice that for a head that does not end), and bytes that are no HTTP
+  request, are refused in OpenAI's envelope and end the connection. Framing that could be read in two ways (RFC 9112,
+  section 6.3) is llhttp's to refuse.
 - An answer is framed by its own Content-Length, else chunked (for HTTP/1.0: by the end of the connection).
 - An answer that begins before its request has ended ends the connection: half-closed first, so that a client that still
   sends can read it.
@@ -52,6 +53,7 @@ class Site(Protocol):
 
     connections: set[ClientConnection]
     head_limit: int
+    is_stopping: bool
 
     def read_head(self, headers: Headers) -> RequestHead:
         """What the headers say. Not kept apart for equal headers, so it may be shared between requests."""
@@ -113,10 +115,35 @@ class _Refused(Exception):
 class ClientConnection(asyncio.Protocol):
     """One client's connection."""
 
-    __slots__ = ("_bad_rest", "_ends", "_head", "_head_bytes", "_headers", "_incoming", "_is_chunked", "_is_open_ended",
-                 "_is_in_head", "_is_stopping", "_known", "_known_head", "_length", "_loop", "_parser", "_piece_bytes",
-                 "_refusal", "_served", "_site", "_sweeps", "_target", "_waiting", "_waiting_bytes", "current", "is_blocked",
-                 "is_gone", "is_held", "transport")  # fmt: skip
+    __slots__ = (
+        "_bad_rest",
+        "_ends",
+        "_head",
+        "_head_bytes",
+        "_headers",
+        "_incoming",
+        "_is_chunked",
+        "_is_in_head",
+        "_is_open_ended",
+        "_known",
+        "_known_head",
+        "_length",
+        "_loop",
+        "_parser",
+        "_piece_bytes",
+        "_refusal",
+        "_served",
+        "_site",
+        "_sweeps",
+        "_target",
+        "_waiting",
+        "_waiting_bytes",
+        "current",
+        "is_blocked",
+        "is_gone",
+        "is_held",
+        "transport",
+    )  # fmt: skip
 
     def __init__(self, site: Site, loop: asyncio.AbstractEventLoop, served: set[Any]) -> None:
         """served: uvicorn's own register of connections, which it waits for when it stops."""
@@ -152,7 +179,6 @@ class ClientConnection(asyncio.Protocol):
         """The answer's body ends with the connection."""
         self._ends = False
         """Nothing more is read; the connection closes when it has answered what it has."""
-        self._is_stopping = False
         self._refusal: GatewayError | None = None
         self._bad_rest: GatewayError | None = None
         """What came behind the present requests is no HTTP: said once they are answered."""
@@ -166,6 +192,8 @@ class ClientConnection(asyncio.Protocol):
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         self._site.connections.add(self)
         self._served.add(self)
+        if self._site.is_stopping:  # accepted just before
+            self.shutdown()
 
     def data_received(self, data: bytes) -> None:
         """Parse; requests are handled from within."""
@@ -335,7 +363,7 @@ class ClientConnection(asyncio.Protocol):
         self._is_chunked = has_body and not is_sized and not request.is_http_10
         self._is_open_ended = has_body and not is_sized and request.is_http_10
         ends = self._ends and self._bad_rest is None
-        if not request.is_whole or self._is_stopping or ends or self._is_open_ended:
+        if not request.is_whole or self._site.is_stopping or ends or self._is_open_ended:
             request.keep_alive = False
         head = status_line(status) + lines
         if self._is_chunked:
@@ -385,7 +413,7 @@ class ClientConnection(asyncio.Protocol):
             self._loop.call_soon(self._start, self.current)
         elif self._bad_rest is not None:
             self._answer_bad_rest(self._bad_rest)
-        elif self._is_stopping:
+        elif self._site.is_stopping:
             self._loop.call_later(LINGER_S, self._close_if_idle)
 
     def _start(self, request: Incoming) -> None:
@@ -467,7 +495,6 @@ class ClientConnection(asyncio.Protocol):
 
     def shutdown(self) -> None:
         """The worker stops (uvicorn calls this): finish what is there."""
-        self._is_stopping = True
         if self.current is None:
             self._loop.call_later(LINGER_S, self._close_if_idle)
 

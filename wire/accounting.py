@@ -26,10 +26,11 @@ MAX_ANSWER_BYTES = 256 * 1024
 """Longer answers are not kept for session inference."""
 
 _MAX_SHAPES = 8
-_TEXT = re.compile(rb'"(content|text|reasoning|reasoning_content|arguments)":"([^"\\]*)"')
+_TEXT = re.compile(rb'"(content|text|reasoning|reasoning_content|arguments)":"([^"\\\x00-\x1f]*)"')
 _FINGERPRINT = re.compile(rb',"system_fingerprint":"[^"\\]*"')
-_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*')
-"""The inside of a JSON string."""
+_STRING = re.compile(rb'[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*')
+"""The inside of a JSON string: no control byte, so that no line of an event ends within it."""
+_NOT_PLAIN = re.compile(rb'["\\\x00-\x1f]')
 
 
 class Accounted(msgspec.Struct, frozen=True, gc=False):
@@ -187,7 +188,7 @@ class StreamAccount:
                 if found:
                     texts.append(last)
                 whole = b"".join(texts)
-                if (0x22 in whole or 0x5C in whole) and not all(map(_STRING.fullmatch, texts)):
+                if _NOT_PLAIN.search(whole) and not all(map(_STRING.fullmatch, texts)):
                     continue
                 if texts:
                     self._content_chunks += len(texts)

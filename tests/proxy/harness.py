@@ -1,4 +1,4 @@
-"""A gateway without a kernel before it: a client in memory, an upstream that follows a script, and the journal read back.
+"""A gateway without a kernel before it: a client in memory, an upstream that follows a script, the journal read back.
 
 The gateway is built by its own composition root and speaks to the upstream over real sockets; only uvicorn and the
 client's socket are left out, so that a test sees each write and can look at the journal while one is made.

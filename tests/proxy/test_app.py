@@ -19,7 +19,7 @@ import uvicorn
 
 from proxy.app import build_app, server_config
 from proxy.child import ChildTask, encode_task
-from proxy.settings import LimitSettings, Settings
+from proxy.settings import HealthSettings, LimitSettings, Settings
 from storage.counters import read_counters
 from storage.frame import decode_frames
 from tests.proxy.harness import (
@@ -123,6 +123,7 @@ class Connection:
 @contextlib.asynccontextmanager
 async def serving(data_dir: Path, *urls: str, **settings: Any) -> AsyncIterator[Worker]:
     """A worker as `python -m proxy.app` runs it, but for its process."""
+    settings.setdefault("health", HealthSettings(interval_s=0, models_interval_s=0))
     made = Settings(upstreams=urls, data_dir=data_dir, **settings)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

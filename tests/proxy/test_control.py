@@ -150,7 +150,7 @@ def test_status_in_one_look(installation: Installation) -> None:
         "workers_wanted": 2,
         "in_flight": 1,
         "accepted": 1,
-        "dropped": {"budget": 0, "io": 0},
+        "dropped": {"budget": 0, "io": 0, "off": 0},
         "database": installation.settings.database,
         "is_database_up": True,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import re
 import socket
@@ -68,7 +69,9 @@ async def connected(bench: Bench) -> AsyncIterator[Peer]:
 
 
 @contextlib.asynccontextmanager
-async def served(data_dir: Path, *scripts: Script, reads_body: bool = True) -> AsyncIterator[tuple[Peer, Upstream, Bench]]:
+async def served(
+    data_dir: Path, *scripts: Script, reads_body: bool = True
+) -> AsyncIterator[tuple[Peer, Upstream, Bench]]:
     async with (
         Upstream(*scripts, reads_body=reads_body) as upstream,
         running(data_dir, upstream.url) as bench,
@@ -115,14 +118,17 @@ async def test_what_is_no_request_is_refused_and_ends_the_connection(
 @in_loop
 async def test_head_over_the_limit_is_refused_while_it_is_still_coming(tmp_path: Path) -> None:
     limits = LimitSettings.model_validate({"headers": 1024})
-    async with Upstream(plain()) as upstream, running(tmp_path, upstream.url, limits=limits) as bench:
-        async with connected(bench) as peer:
-            peer.send(b"GET /x HTTP/1.1\r\nHost: h\r\nX-Long: ")
-            for _ in range(21):
-                assert peer.raw == b""
-                peer.send(b"a" * 100)
-            assert peer.statuses == [431]
-            assert b"request line and headers over 1024 bytes" in peer.raw
+    async with (
+        Upstream(plain()) as upstream,
+        running(tmp_path, upstream.url, limits=limits) as bench,
+        connected(bench) as peer,
+    ):
+        peer.send(b"GET /x HTTP/1.1\r\nHost: h\r\nX-Long: ")
+        for _ in range(21):
+            assert peer.raw == b""
+            peer.send(b"a" * 100)
+        assert peer.statuses == [431]
+        assert b"request line and headers over 1024 bytes" in peer.raw
 
 
 @in_loop
@@ -348,19 +354,22 @@ async def test_comments_while_the_first_event_is_awaited(tmp_path: Path) -> None
         await talk.end_stream()
 
     timeouts = {"sse_comment_s": 0.2}
-    async with Upstream(prefills) as upstream, running(tmp_path, upstream.url, timeouts=timeouts) as bench:
-        async with connected(bench) as peer:
-            body = b'{"model":"m","stream":true,"stream_options":{"include_usage":true}}'
-            length = len(body)
-            peer.send(b"POST %b HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%b" % (CHAT.encode(), length, body))
-            comment = b"e\r\n: keep-alive\n\n\r\n"
-            await peer.sent(comment, 2)
-            may_go.set()
-            await peer.sent(b"0\r\n\r\n$")
-            _, _, rest = peer.raw.partition(b"\r\n\r\n")
-            count = rest.count(comment)
-            assert rest == comment * count + b"9\r\ndata: 1\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
-            assert bench.record().outcome is Outcome.OK
+    async with (
+        Upstream(prefills) as upstream,
+        running(tmp_path, upstream.url, timeouts=timeouts) as bench,
+        connected(bench) as peer,
+    ):
+        body = b'{"model":"m","stream":true,"stream_options":{"include_usage":true}}'
+        length = len(body)
+        peer.send(b"POST %b HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n%b" % (CHAT.encode(), length, body))
+        comment = b"e\r\n: keep-alive\n\n\r\n"
+        await peer.sent(comment, 2)
+        may_go.set()
+        await peer.sent(b"0\r\n\r\n$")
+        _, _, rest = peer.raw.partition(b"\r\n\r\n")
+        count = rest.count(comment)
+        assert rest == comment * count + b"9\r\ndata: 1\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+        assert bench.record().outcome is Outcome.OK
 
 
 # The end of a worker --------------------------------------------------------------------------------------------------
@@ -373,6 +382,7 @@ async def test_idle_connection_of_a_stopping_worker_may_ask_once_more(
     async with served(tmp_path, plain(b"ok")) as (peer, _, bench):
         peer.send(GET)
         await peer.sent(b"ok$")
+        bench.gateway.is_stopping = True
         peer.connection.shutdown()
         assert not peer.has_ended.is_set()
         peer.send(GET)  # it was on its way
@@ -391,6 +401,17 @@ async def test_idle_connection_of_a_stopping_worker_is_closed_in_the_end(
         peer.connection.shutdown()
         await asyncio.wait_for(peer.has_ended.wait(), 5.0)
         assert peer.raw == b""
+
+
+@in_loop
+async def test_connection_made_while_the_worker_stops_is_served_once(tmp_path: Path) -> None:
+    async with served(tmp_path, plain(b"ok")) as (_, _upstream, bench):
+        bench.gateway.is_stopping = True
+        async with connected(bench) as late:
+            late.send(GET)
+            await asyncio.wait_for(late.has_ended.wait(), 5.0)
+            assert late.statuses == [200]
+            assert b"connection: close" in late.raw
 
 
 @in_loop
@@ -414,7 +435,9 @@ async def test_connection_that_idles_is_closed_after_so_many_sweeps(tmp_path: Pa
 class _Noted(Incoming):
     """Writes down what it is told, and answers nothing."""
 
-    def __init__(self, notes: list[object], connection: ClientConnection, method: bytes, target: bytes, head: RequestHead):
+    def __init__(
+        self, notes: list[object], connection: ClientConnection, method: bytes, target: bytes, head: RequestHead
+    ):
         super().__init__(connection, method, target, head)
         self._notes = notes
         self._body = b""
@@ -450,6 +473,7 @@ class _Site:
     """Requests that answer themselves at once."""
 
     head_limit = 256
+    is_stopping = False
 
     def __init__(self) -> None:
         self.connections: set[ClientConnection] = set()
@@ -498,7 +522,7 @@ def test_any_cut_of_any_bytes_tells_the_same(
             stream[index] = byte
     data = bytes(stream)
     points = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
-    pieces = [data[start:end] for start, end in zip(points, points[1:], strict=False)]
+    pieces = [data[start:end] for start, end in itertools.pairwise(points)]
 
     async def told() -> None:
         whole = await _told([data])

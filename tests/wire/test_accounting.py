@@ -497,6 +497,8 @@ EVENTS = st.one_of(
     st.text("ab\"\\", max_size=4).map(lambda text: chunk({"content": text}, index=1)),
     st.text("ab\"\\", max_size=4).map(arguments_chunk),
     st.text("ab\"\\", max_size=4).map(text_chunk),
+    # A line that ends within a string is no JSON, however alike its surroundings are to those of an earlier event.
+    st.sampled_from([b"\n", b"\r", b"a\nb", b"\0"]).map(lambda raw: chunk({"content": "~"}).replace(b"~", raw)),
 )  # fmt: skip
 
 
