@@ -33,7 +33,7 @@ from storage.journal import Begun, JournalWriter, NotRecording, Unrecorded
 from traces.record import LogType, Outcome, TokenSource, TraceRecord
 from wire import latency
 from wire.accounting import Account, Accounted, NoAccount, StreamAccount, UnaryAccount
-from wire.http import ConnectFailed, Exchange
+from wire.http import ConnectFailed, ConnectTimedOut, Exchange
 from wire.http1 import BadResponse, Headers, encode_lines
 from wire.openai import (
     NO_FACTS,
@@ -584,7 +584,7 @@ class Request(Incoming):
         try:
             exchange = await upstream.client.request(self.method, self.target, lines, body)
         except ConnectFailed as error:
-            self._connect_failed(str(error))
+            self._connect_failed(error)
         except Exception:  # noqa: BLE001 (see `_whole`)
             self._defect()
         else:
@@ -603,14 +603,15 @@ class Request(Incoming):
                 self.method, self.target, lines, upload, chunked=is_chunked, trailers=lambda: self.trailers or []
             )
         except ConnectFailed as error:
-            self._connect_failed(str(error))
+            self._connect_failed(error)
         except Exception:  # noqa: BLE001 (see `_whole`)
             self._defect()
         else:
             self._sent(exchange)
 
-    def _connect_failed(self, problem: str) -> None:
+    def _connect_failed(self, error: ConnectFailed) -> None:
         self._task = None
+        problem = f"{error} (timeouts.connect_s)" if isinstance(error, ConnectTimedOut) else str(error)
         if self.selection is not None and not self.is_over:
             self.selection.connect_failed(problem)
             self._forward()
@@ -712,7 +713,7 @@ class Request(Incoming):
         """No answer has come, and none will."""
         if isinstance(error, ConnectFailed):  # the retry on a fresh connection found nobody
             self.exchange = None
-            self._connect_failed(str(error))
+            self._connect_failed(error)
             return
         name = self.upstream.name if self.upstream is not None else "upstream"
         if isinstance(error, BadResponse):

@@ -42,8 +42,8 @@ def countable(number: int | None) -> int | None:
 class RequestHead:
     """What the headers say: those to send on, and what the gateway itself needs. Shared by requests with equal ones."""
 
-    __slots__ = ("client_request_id", "content_type", "expects_continue", "forward", "host", "hosts", "lines",
-                 "log_type", "origin", "request_id", "run_id", "session", "size")  # fmt: skip
+    __slots__ = ("client_request_id", "content_type", "expects_continue", "forward", "host", "hosts", "is_chunked",
+                 "lines", "log_type", "origin", "request_id", "run_id", "session", "size")  # fmt: skip
 
     def __init__(self, headers: Headers, session_header: bytes, log_type_header: bytes) -> None:
         """headers: names as sent, without Content-Length."""
@@ -56,6 +56,7 @@ class RequestHead:
         self.host: bytes | None = None
         self.hosts = 0
         """How many Host headers there are."""
+        self.is_chunked = False
         self.request_id: bytes | None = None
         """As sent; `client_request_id` as recorded."""
         self.client_request_id: str | None = None
@@ -73,6 +74,8 @@ class RequestHead:
                 elif lower == b"host":
                     self.host = value
                     self.hosts += 1
+                elif lower == b"transfer-encoding":
+                    self.is_chunked = True
                 elif lower == b"expect":
                     self.expects_continue = value.lower() == b"100-continue"
                 continue

@@ -112,6 +112,24 @@ class _Refused(Exception):
     """Leaves llhttp's callbacks; `_refusal` says why."""
 
 
+class _BodyOfUpgrade:
+    """Reads the rest of a request that would upgrade: its body, framed as its head said, and nothing behind it."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        request = connection._incoming
+        assert request is not None
+        length = request.content_length
+        framing = b"transfer-encoding: chunked" if length is None else b"content-length: %d" % length
+        self._connection = connection
+        self.on_body = connection.on_body
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n\r\n" % framing)
+
+    def on_message_complete(self) -> None:
+        """The body is whole."""
+        self._connection.on_message_complete()
+
+
 class ClientConnection(asyncio.Protocol):
     """One client's connection."""
 
@@ -134,6 +152,7 @@ class ClientConnection(asyncio.Protocol):
         "_refusal",
         "_served",
         "_site",
+        "_skips_body",
         "_sweeps",
         "_target",
         "_waiting",
@@ -166,6 +185,8 @@ class ClientConnection(asyncio.Protocol):
         self._is_in_head = False
         self._head_bytes = 0
         self._piece_bytes = 0
+        self._skips_body = False
+        """llhttp passes over the present request's body, because it would upgrade."""
         self._incoming: Incoming | None = None
         """The request whose body is being read."""
         self._waiting: deque[Incoming] = deque()
@@ -202,8 +223,12 @@ class ClientConnection(asyncio.Protocol):
         self._piece_bytes = len(data)
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            return  # not taken up: the request is served, and the connection ends with its answer
+        except httptools.HttpParserUpgrade as error:
+            # Not taken up: the request is served, and the connection ends with its answer. httptools reads no body.
+            if self._skips_body:
+                self._skips_body = False
+                self._parser = _BodyOfUpgrade(self).parser
+                self.data_received(data[error.args[0] :])
         except httptools.HttpParserError as error:
             if isinstance(error, httptools.HttpParserCallbackError) and self._refusal is None:
                 log.error("a request could not be read", exc_info=error.__context__)
@@ -278,7 +303,12 @@ class ClientConnection(asyncio.Protocol):
             raise _Refused
         parser = self._parser
         method = parser.get_method()
-        is_http_10 = parser.get_http_version() != "1.1"
+        version = parser.get_http_version()
+        is_http_10 = version == "1.0"
+        if not is_http_10 and version != "1.1":
+            status, type_ = (400, "invalid_http") if version == "0.9" else (505, "http_version_not_supported")
+            self._refusal = GatewayError(status, type_, f"expected HTTP/1.1 or HTTP/1.0, got {version}")
+            raise _Refused
         if method == b"CONNECT":
             self._refusal = GatewayError(400, "invalid_http", "CONNECT is not for this server")
             raise _Refused
@@ -287,9 +317,12 @@ class ClientConnection(asyncio.Protocol):
             raise _Refused
         request = site.incoming(self, method, self._target, head)
         request.is_http_10 = is_http_10
-        request.keep_alive = parser.should_keep_alive() and not parser.should_upgrade()
+        request.keep_alive = parser.should_keep_alive()
         if self._length is not None:
             request.content_length = int(self._length)
+        if parser.should_upgrade():
+            request.keep_alive = False
+            self._skips_body = head.is_chunked or bool(request.content_length)
         self._incoming = request
         self._sweeps = 0
         if self.current is None:
@@ -303,7 +336,7 @@ class ClientConnection(asyncio.Protocol):
     def on_body(self, data: bytes) -> None:
         """A piece of a body."""
         request = self._incoming
-        if request is None:
+        if request is None or request.is_whole:
             return
         request.received(data)
         if request is not self.current and not self._ends:
@@ -315,7 +348,7 @@ class ClientConnection(asyncio.Protocol):
         """A request is whole."""
         self._piece_bytes = 0  # what lies before the next head does not count as one
         request = self._incoming
-        if request is not None:
+        if request is not None and not self._skips_body and not request.is_whole:
             request.is_whole = True
             request.received_all()
 

@@ -63,6 +63,10 @@ class ConnectFailed(Exception):
     """No connection could be made; nothing was sent."""
 
 
+class ConnectTimedOut(ConnectFailed):
+    """Not in time."""
+
+
 class ConnectionLost(Exception):
     """The connection ended before the response was whole. `Exchange.has_head` says on which side of its first byte."""
 
@@ -535,7 +539,7 @@ class HttpClient:
             async with asyncio.timeout(self._connect_timeout_s):
                 return await self._open()
         except TimeoutError:
-            raise ConnectFailed(f"{url.text}: no connection within {self._connect_timeout_s:g} s") from None
+            raise ConnectTimedOut(f"{url.text}: no connection within {self._connect_timeout_s:g} s") from None
         except (OSError, ValueError) as error:  # a host that IDNA refuses is a UnicodeError, and that a ValueError
             raise ConnectFailed(f"{url.text}: {getattr(error, 'strerror', None) or error}") from None
 

@@ -97,6 +97,8 @@ async def served(
         (b"GET /x HTTP/1.1\r\nHost: h\r\nX : 1\r\n\r\n", 400, None),
         (b"\x16\x03\x01\x02\x00\x01\x00", 400, None),  # TLS on a plain port
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, None),
+        (b"GET /x\r\nHost: h\r\n\r\n", 400, None),
+        (b"GET /x HTTP/2.0\r\nHost: h\r\n\r\n", 505, "expected HTTP/1.1 or HTTP/1.0, got 2.0"),
     ],
 )
 @in_loop
@@ -109,7 +111,7 @@ async def test_what_is_no_request_is_refused_and_ends_the_connection(
         await asyncio.wait_for(peer.has_ended.wait(), 5.0)
         head, _, body = peer.raw.partition(b"\r\n\r\n")
         error = json.loads(body)["error"]
-        assert (peer.statuses, error["type"]) == ([status], "invalid_http")
+        assert (peer.statuses, error["type"]) == ([status], "invalid_http" if status == 400 else error["code"])
         assert b"connection: close" in head
         assert rule is None or error["message"] == rule
         assert (upstream.requests, bench.records()) == ([], [])
@@ -251,6 +253,23 @@ async def test_connection_stays_where_both_sides_want_it(
         assert peer.has_ended.is_set() is not stays
         found = re.findall(rb"\r\n(connection: [^\r]*)", peer.raw)
         assert found == ([] if header is None else [header])
+
+
+@pytest.mark.parametrize(
+    "framing", [b"Content-Length: 5\r\n\r\nhello", b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"]
+)
+@pytest.mark.parametrize("is_cut", [False, True])
+@in_loop
+async def test_request_that_would_upgrade_keeps_its_body(tmp_path: Path, framing: bytes, is_cut: bool) -> None:
+    async with served(tmp_path, plain(b"ok")) as (peer, upstream, bench):
+        data = b"POST /x HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" + framing + GET
+        for piece in [data[index : index + 1] for index in range(len(data))] if is_cut else [data]:
+            peer.send(piece)
+        await asyncio.wait_for(peer.has_ended.wait(), 5.0)
+        assert peer.statuses == [200]
+        assert len(bench.records()) == 1
+    (request,) = upstream.requests
+    assert (request.body, request.values(b"upgrade")) == (b"hello", [])
 
 
 @in_loop
