@@ -34,7 +34,7 @@ from traces.record import LogType, Outcome, TokenSource, TraceRecord
 from wire import latency
 from wire.accounting import Account, Accounted, NoAccount, StreamAccount, UnaryAccount
 from wire.http import ConnectFailed, ConnectTimedOut, Exchange
-from wire.http1 import BadResponse, Headers, encode_lines
+from wire.http1 import BadResponse, Headers, KnownHead, encode_lines
 from wire.openai import (
     NO_FACTS,
     USAGE_ON_REQUEST,
@@ -173,11 +173,14 @@ class AnswerHead:
     before it, `more_lines` those behind. locate: gives a Location its form for the client.
     """
 
-    __slots__ = ("has_location", "headers", "is_encoded", "is_event_stream", "is_json", "lines", "more_lines", "place")
+    __slots__ = ("has_location", "headers", "is_encoded", "is_event_stream", "is_json", "known", "lines", "more_lines",
+                 "place")  # fmt: skip
 
     def __init__(self, headers: Headers, place: int, locate: Callable[[bytes], bytes]) -> None:
         self.headers = headers
         self.place = place
+        self.known: KnownHead | None = None
+        """The client's name for this head."""
         self.has_location = False
         content_type = b""
         self.is_encoded = False
@@ -726,18 +729,24 @@ class Request(Incoming):
 
     def _prepare(self, exchange: Exchange) -> None:
         """Read the answer's head: what goes to the client, and how the answer is accounted for."""
-        length = None
-        place = 0
-        headers: Headers = []
-        for header in exchange.headers:
-            if len(header[0]) == 14 and header[0].lower() == b"content-length":
-                length = header[1]
-                place = len(headers)
-            else:
-                headers.append(header)
-        head = self.gateway.last_answer
-        if headers != head.headers or place != head.place or head.has_location:
-            self.gateway.last_answer = head = AnswerHead(headers, place, self._own_location)
+        gateway = self.gateway
+        head = gateway.last_answer
+        known = exchange.known
+        if known is not None and known is head.known:
+            length: bytes | None = exchange.headers[known.place][1]
+        else:
+            length = None
+            place = 0
+            headers: Headers = []
+            for header in exchange.headers:
+                if len(header[0]) == 14 and header[0].lower() == b"content-length":
+                    length = header[1]
+                    place = len(headers)
+                else:
+                    headers.append(header)
+            if headers != head.headers or place != head.place or head.has_location:
+                gateway.last_answer = head = AnswerHead(headers, place, self._own_location)
+            head.known = None if head.has_location else known
         self._is_prepared = True
         self._is_event_stream = head.is_event_stream
         if length is not None and not (head.is_event_stream and self.sends_usage):  # which changes the length

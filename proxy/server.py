@@ -29,7 +29,7 @@ import httptools
 
 from proxy.errors import GatewayError, error_body
 from proxy.request_head import RequestHead
-from wire.http1 import Headers, encode_lines
+from wire.http1 import CONTENT_LENGTH, Headers, encode_lines
 
 log = logging.getLogger("burstgate.gateway")
 
@@ -112,6 +112,22 @@ class _Refused(Exception):
     """Leaves llhttp's callbacks; `_refusal` says why."""
 
 
+class _KnownRequest:
+    """The head of a request that has been parsed, but for the digits of its Content-Length.
+
+    before, after: the bytes around these digits, to the end of the head.
+    """
+
+    __slots__ = ("after", "before", "head", "method", "target")
+
+    def __init__(self, before: bytes, after: bytes, request: Incoming) -> None:
+        self.before = before
+        self.after = after
+        self.method = request.method
+        self.target = request.target
+        self.head = request.head
+
+
 class _BodyOfUpgrade:
     """Reads the rest of a request that would upgrade: its body, framed as its head said, and nothing behind it."""
 
@@ -145,6 +161,8 @@ class ClientConnection(asyncio.Protocol):
         "_is_open_ended",
         "_known",
         "_known_head",
+        "_known_request",
+        "_left_bytes",
         "_length",
         "_loop",
         "_parser",
@@ -182,6 +200,9 @@ class ClientConnection(asyncio.Protocol):
         self._known: Headers | None = None
         """The headers of the last request, without Content-Length, and what they say: a client repeats itself."""
         self._known_head: RequestHead
+        self._known_request: _KnownRequest | None = None
+        self._left_bytes = 0
+        """Of the body of a request whose head was known."""
         self._is_in_head = False
         self._head_bytes = 0
         self._piece_bytes = 0
@@ -218,9 +239,16 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse; requests are handled from within."""
+        if self._left_bytes:
+            self._take_body(data)
+            return
+        known = self._known_request
+        if known is not None and data.startswith(known.before) and self.current is None and self._is_known(data, known):
+            return
         if self._ends:
             return
         self._piece_bytes = len(data)
+        is_between = not self._is_in_head and (self._incoming is None or self._incoming.is_whole)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as error:
@@ -235,10 +263,66 @@ class ClientConnection(asyncio.Protocol):
                 self._refusal = GatewayError(500, "gateway_internal_error", "the gateway failed; see its log")
             self._refuse(self._refusal or GatewayError(400, "invalid_http", f"not an HTTP/1.1 request: {error}"))
         else:
+            if is_between:
+                self._learn(data)
             if self._is_in_head:
                 self._head_bytes += self._piece_bytes
                 if self._head_bytes > 2 * self._site.head_limit:  # its size is known when it is whole
                     self._refuse(self._too_large())
+
+    def _learn(self, data: bytes) -> None:
+        """Keep what may come again: the head of a request that was all of `data`."""
+        request = self._incoming
+        if request is None or not request.content_length or not request.is_whole or not request.keep_alive:
+            return
+        if request.is_http_10 or request.head.expects_continue or request.head.is_chunked:
+            return
+        end = data.find(b"\r\n\r\n") + 4
+        found = CONTENT_LENGTH.search(data, 0, end)
+        if found is not None and end + request.content_length == len(data) == end + int(found[1]):
+            start, stop = found.span(1)
+            self._known_request = _KnownRequest(data[:start], data[stop:end], request)
+
+    def _is_known(self, data: bytes, known: _KnownRequest) -> bool:
+        """Read a whole request whose head has been parsed before, but for its length: llhttp need not see it again."""
+        if self._ends or self._is_in_head or (self._incoming is not None and not self._incoming.is_whole):
+            return False
+        start = len(known.before)
+        stop = data.find(b"\r", start)
+        digits = data[start:stop]
+        body = stop + len(known.after)
+        if not data.startswith(known.after, stop) or len(digits) > 15 or not digits.isdigit():
+            return False
+        length = int(digits)
+        if body + length < len(data) or not length:
+            return False
+        request = self._site.incoming(self, known.method, known.target, known.head)
+        request.is_http_10 = False
+        request.keep_alive = True
+        request.content_length = length
+        self._incoming = self.current = request
+        self._sweeps = 0
+        self._left_bytes = length
+        request.start()
+        if body < len(data):
+            self._take_body(data[body:])
+        return True
+
+    def _take_body(self, data: bytes) -> None:
+        """A piece of the body of such a request: its length is all its framing."""
+        request = self._incoming
+        if request is None or self._ends:
+            return
+        left = self._left_bytes
+        if len(data) > left:  # the next request begins in it
+            self._take_body(data[:left])
+            self.data_received(data[left:])
+            return
+        self._left_bytes = left - len(data)
+        request.received(data)
+        if left == len(data):
+            request.is_whole = True
+            request.received_all()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left; every request that it still waits for is told."""
@@ -525,6 +609,7 @@ class ClientConnection(asyncio.Protocol):
     def forget_head(self) -> None:
         """Headers mean something else now."""
         self._known = None
+        self._known_request = None
 
     def shutdown(self) -> None:
         """The worker stops (uvicorn calls this): finish what is there."""

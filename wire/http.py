@@ -36,7 +36,7 @@ from time import monotonic_ns
 from typing import Any
 from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 
-from wire.http1 import BadResponse, Headers, Response, ResponseParser, encode_lines
+from wire.http1 import BadResponse, Headers, HeadMemory, Response, ResponseParser, encode_lines
 
 READ_AHEAD_BYTES = 256 * 1024
 
@@ -172,7 +172,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self, client: HttpClient) -> None:
         self.client = client
         self.transport: asyncio.Transport
-        self.parser = ResponseParser()
+        self.parser = ResponseParser(memory=client.memory)
         self.exchange: Exchange | None = None
         self.is_ended = False
         """The other side has ended it, and in order."""
@@ -280,7 +280,8 @@ class Exchange(Response):
                  "first_byte_ns", "listener", "received_ns", "sent_ns", "upload_done")  # fmt: skip
 
     def __init__(self) -> None:
-        self.status = 0  # as in Response, without the call
+        self.known = None  # as in Response, without the call
+        self.status = 0
         self.headers = []
         self.has_head = False
         self.parts = []
@@ -450,6 +451,7 @@ class HttpClient:
         self._tls = (tls or client_context()) if self.url.is_tls else None
         self._host_line = b" HTTP/1.1\r\nhost: %b\r\n" % self.url.authority
         self._before_target = b" " + self.url.prefix
+        self.memory = HeadMemory()
         self._idle: list[_Connection] = []
         """Oldest first; some may have been closed."""
         self._sweep: asyncio.TimerHandle | None = None

@@ -12,9 +12,14 @@ trailers, and the interim responses that wait to be looked at.
 
 from __future__ import annotations
 
+import re
+
 import httptools
 
 Headers = list[tuple[bytes, bytes]]
+
+CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,15})(?=\r\n)", re.IGNORECASE)
+"""Of a head, the digits."""
 
 MAX_HEAD_BYTES = 256 * 1024
 """Response heads beyond this are refused, and so are trailers: nothing legitimate comes near it."""
@@ -42,12 +47,52 @@ def encode_head(method: bytes, target: bytes, headers: Headers) -> bytes:
     return b"%b %b HTTP/1.1\r\n%b\r\n" % (method, target, encode_lines(headers))
 
 
+class KnownHead:
+    """A head that has been parsed, but for the digits of its Content-Length.
+
+    before, after: the bytes around these digits, to the end of the head. place: of that header in `headers`.
+    """
+
+    __slots__ = ("after", "before", "headers", "place", "status")
+
+    def __init__(self, before: bytes, after: bytes, status: int, headers: Headers, place: int) -> None:
+        self.before = before
+        self.after = after
+        self.status = status
+        self.headers = headers
+        self.place = place
+
+
+class HeadMemory:
+    """The last head of a whole response that came in one piece. A server repeats itself: what differs from one answer
+    to the next is the length, and once a second the date. Shared by the parsers of one client.
+    """
+
+    __slots__ = ("known",)
+
+    def __init__(self) -> None:
+        self.known: KnownHead | None = None
+
+    def learn(self, data: bytes, response: Response) -> None:
+        """data: the whole of a response that ended in order, and nothing else."""
+        end = data.find(b"\r\n\r\n") + 4
+        found = CONTENT_LENGTH.search(data, 0, end)
+        if found is None or end + int(found[1]) != len(data) or response.interim or response.trailers:
+            return
+        places = [place for place, (name, _) in enumerate(response.headers) if name.lower() == b"content-length"]
+        if len(places) == 1:
+            start, stop = found.span(1)
+            self.known = KnownHead(data[:start], data[stop:end], response.status, response.headers, places[0])
+
+
 class Response:
     """What has arrived of one response. Flags only ever turn true."""
 
-    __slots__ = ("has_head", "headers", "interim", "is_complete", "parts", "status", "trailers")
+    __slots__ = ("has_head", "headers", "interim", "is_complete", "known", "parts", "status", "trailers")
 
     def __init__(self) -> None:
+        self.known: KnownHead | None = None
+        """The same for each response whose head differs from an earlier one in its Content-Length only."""
         self.status = 0
         """Valid once `has_head`."""
         self.headers: Headers = []
@@ -77,10 +122,13 @@ class ResponseParser:
         "_until_close",
         "is_head",
         "is_reusable",
+        "memory",
         "response",
     )
 
-    def __init__(self, *, is_head: bool = False) -> None:
+    def __init__(self, *, is_head: bool = False, memory: HeadMemory | None = None) -> None:
+        """memory: shared with other parsers of the same server's responses; its own when there is none."""
+        self.memory = memory or HeadMemory()
         self._parser = httptools.HttpResponseParser(self)
         self.begin(Response(), is_head=is_head)
 
@@ -116,6 +164,9 @@ class ResponseParser:
                 for line in lines:  # so that what follows the head is seen to be too much
                     self.feed(line)
                 return
+            is_first = not self._head_bytes
+            if is_first and self._is_known(data, response):
+                return
             data = self._within_head(data)
         elif response.is_complete:
             if data.strip(b"\r\n"):  # as llhttp does: empty lines before a response are nothing
@@ -125,13 +176,37 @@ class ResponseParser:
             self._parser.feed_data(data)
         except _PARSER_ERRORS as error:
             self._failed(error)
-        if has_head:
+        if not has_head:
+            if is_first and response.is_complete and self.is_reusable and parts and response.status not in (204, 304):
+                self.memory.learn(data, response)
+        else:
             if len(parts) != before:
                 self._framing_bytes = 0
             else:  # llhttp keeps a trailer until its end comes
                 self._framing_bytes += len(data)
                 if self._framing_bytes > MAX_HEAD_BYTES:
                     raise BadResponse(f"response trailers over {MAX_HEAD_BYTES} bytes")
+
+    def _is_known(self, data: bytes, response: Response) -> bool:
+        """Read a whole response whose head has been parsed before: llhttp need not see it again."""
+        known = self.memory.known
+        if known is None or not data.startswith(known.before):
+            return False
+        start = len(known.before)
+        stop = data.find(b"\r", start)
+        digits = data[start:stop]
+        body = stop + len(known.after)
+        if not data.startswith(known.after, stop) or len(digits) > 15 or not digits.isdigit():
+            return False
+        if body + int(digits) != len(data) or body == len(data):
+            return False
+        response.known = known
+        response.status = known.status
+        response.headers = headers = known.headers.copy()
+        headers[known.place] = (headers[known.place][0], digits)
+        response.has_head = response.is_complete = self.is_reusable = True
+        response.parts.append(data[body:])
+        return True
 
     def _within_head(self, data: bytes) -> bytes:
         """Count, and parse as much as may be head; returns the rest. Wherever it is cut, the same heads are refused."""

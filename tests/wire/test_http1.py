@@ -13,6 +13,7 @@ from wire.http1 import (
     MAX_INTERIM,
     BadResponse,
     Headers,
+    HeadMemory,
     Response,
     ResponseParser,
     encode_head,
@@ -330,3 +331,53 @@ def test_a_request_head() -> None:
     assert encode_head(b"GET", b"/", []) == b"GET / HTTP/1.1\r\n\r\n"
     assert encode_lines(headers) == b"host: h:1\r\nX-A: \xff\r\nx-a: \r\n"
     assert encode_lines([]) == b""
+
+
+REPEATED = [
+    b"HTTP/1.1 200 OK\r\ndate: a\r\ncontent-length: 5\r\n\r\nhello",
+    b"HTTP/1.1 200 OK\r\ndate: a\r\ncontent-length: 12\r\n\r\nhello, again",
+    b"HTTP/1.1 200 OK\r\ndate: b\r\ncontent-length: 5\r\n\r\nhello",
+    b"HTTP/1.1 200 OK\r\ndate: a\r\ncontent-length: 0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\ndate: a\r\nContent-Length:5\r\n\r\nhello",
+    b"HTTP/1.1 404 No\r\ndate: a\r\ncontent-length: 5\r\n\r\nhello",
+    b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 5\r\n\r\nhello",
+    b"HTTP/1.1 100 C\r\n\r\nHTTP/1.1 200 OK\r\ndate: a\r\ncontent-length: 5\r\n\r\nhello",
+    b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\ndate: a\r\ncontent-length: 5\r\n\r\nhello, too much",
+    b"HTTP/1.1 200 OK\r\ndate: a\r\ncontent-length: 5\r\n\r\nhel",
+    b"HTTP/1.1 200 OK\r\ndate: a\r\ncontent-length: +5\r\n\r\nhello",
+    b"HTTP/1.1 200 OK\r\ndate: a\r\ncontent-length: 5 \r\n\r\nhello",
+    b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 5\r\n\r\nhello",
+]
+
+
+@given(st.lists(st.sampled_from(REPEATED), max_size=8))
+def test_a_head_that_is_known_is_read_as_if_it_were_not(answers: list[bytes]) -> None:
+    memory = HeadMemory()
+
+    def read(data: bytes, memory: HeadMemory) -> tuple[object, ...]:
+        parser = ResponseParser(memory=memory)
+        response = parser.response
+        try:
+            parser.feed(data)
+        except BadResponse as error:
+            return (str(error),)
+        return (response.status, response.headers, response.has_head, b"".join(response.parts), response.is_complete,
+                parser.is_reusable, response.trailers, response.interim)  # fmt: skip
+
+    for data in answers:
+        assert read(data, memory) == read(data, HeadMemory())
+
+
+def test_a_head_is_known_from_its_second_time_on() -> None:
+    parser = ResponseParser(memory=HeadMemory())
+    known = []
+    for data in (REPEATED[0], REPEATED[1], REPEATED[2], REPEATED[0]):
+        response = Response()
+        parser.begin(response, is_head=False)
+        parser.feed(data)
+        assert response.is_complete
+        known.append(response.known)
+    assert known[0] is None
+    assert known[1] is not None
+    assert known[2:] == [None, None]
