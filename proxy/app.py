@@ -150,8 +150,13 @@ def server_config(app: Any, settings: Settings) -> uvicorn.Config:
         date_header=False,
         proxy_headers=False,
         backlog=4096,
-        timeout_graceful_shutdown=max(1, int(settings.timeouts.drain_s)),
+        timeout_graceful_shutdown=drain_seconds(settings),
     )
+
+
+def drain_seconds(settings: Settings) -> int:
+    """Whole ones, as uvicorn takes them."""
+    return max(1, round(settings.timeouts.drain_s))
 
 
 def raise_descriptor_limit() -> None:
@@ -196,6 +201,7 @@ def run_worker(task: ChildTask) -> None:
         def apply() -> None:
             try:
                 app.gateway.apply(settings)
+                server.config.timeout_graceful_shutdown = drain_seconds(settings)
             except Exception as error:  # noqa: BLE001 (raised again where it was asked for)
                 done.set_exception(error)
             else:

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from proxy.errors import GatewayError, error_body
-from proxy.prefix import prefix_blocks
+from proxy.prefix import prefix_blocks, prompt_of
 from proxy.request_head import LOG_TYPES, RequestHead, clean, countable
 from proxy.server import ClientConnection, Incoming
 from proxy.sessions import ConversationKeys, SessionTable, conversation_keys, response_key
@@ -473,7 +473,7 @@ class Request(Incoming):
                 is_form = b"multipart/form-data" in self.head.content_type
                 self.facts = read_form(body[:65536]) if is_form else read_request(body)
                 if self.gateway.keeps_prefixes or self.gateway.fleet.needs_prefix:
-                    self.prefix = prefix_blocks(body, self.gateway.secret)
+                    self.prefix = prefix_blocks(prompt_of(body), self.gateway.secret)
             except Exception:  # noqa: BLE001 (never in the way: a defect in reading must not refuse a request)
                 self._accounting_failed()
         self.model = clean(self.facts.model)
@@ -773,7 +773,7 @@ class Request(Incoming):
         if gateway.shows_overhead:
             now_ns = time.monotonic_ns()
             own_ns = (self._ready_ns or now_ns) - self.start_ns
-            if exchange is not None:
+            if exchange is not None and exchange.has_body:  # without one, a comment begins the answer
                 own_ns += now_ns - exchange.received_ns
             lines += b"x-burstgate-overhead-ms: %.3f\r\n" % (own_ns / 1e6)
         return lines

@@ -27,14 +27,30 @@ class _Message(msgspec.Struct, gc=False):
     content: msgspec.Raw = msgspec.Raw()
 
 
+class _Body(msgspec.Struct, gc=False):
+    messages: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
+    input: msgspec.Raw = msgspec.Raw()
+
+
 class _Part(msgspec.Struct, gc=False):
     text: str | None = None
 
 
+_body_decoder = msgspec.json.Decoder(_Body)
 _list_decoder = msgspec.json.Decoder(list[msgspec.Raw])
 _message_decoder = msgspec.json.Decoder(_Message)
 _part_decoder = msgspec.json.Decoder(_Part)
 _text_decoder = msgspec.json.Decoder(str)
+
+
+def prompt_of(body: bytes) -> bytes:
+    """The JSON value of a request body's `messages`, `prompt` or `input`; empty where there is none."""
+    try:
+        fields = _body_decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return b""
+    return bytes(fields.messages or fields.prompt or fields.input)
 
 
 def prefix_blocks(messages_or_prompt: bytes, secret: bytes) -> tuple[int, ...]:

@@ -287,7 +287,7 @@ class Settings(_Frozen):
 
 NEED_STOP = ("host", "port", "control_host", "control_port", "data_dir", "database_url")
 """Settings, or groups of them, that a running installation keeps until it is stopped and started."""
-NEED_RESTART = ("gateway", "journal")
+NEED_RESTART = ("gateway", "journal", "record")
 """Those that new processes take up: a zero-downtime restart will do. All others change while running."""
 
 

@@ -183,6 +183,7 @@ class Fleet:
                 kept.models = new.models
             kept.settings = new.settings
             kept.name = new.name
+            kept.header = new.header
             fleet.append(kept)
         for gone in here.values():
             gone.is_retired = True

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.exchange import Estimates, uuid7
-from proxy.settings import JournalSettings, LimitSettings, SessionSettings, TimeoutSettings
+from proxy.settings import JournalSettings, LimitSettings, SessionSettings, Settings, TimeoutSettings
 from tests.proxy.harness import (
     CHAT,
     DONE,
@@ -1215,3 +1215,109 @@ def test_estimates_hold_a_bounded_number_of_models() -> None:
         estimates.learn(f"m{index}", 10, 10)
     assert estimates.request_tokens("m0", 100) == 100
     assert estimates.request_tokens(f"m{Estimates.MAX_MODELS}", 100) == 25
+
+
+# Several upstreams ----------------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_prompts_blocks_are_recorded_where_that_is_asked_for(tmp_path: Path) -> None:
+    async with Upstream(plain(chat_answer())) as upstream:
+        async with running(tmp_path / "on", upstream.url, record={"prefix_blocks": True}) as bench:
+            await bench.serve(Client(chat_body("a" * 2000, "b", "c")))
+            await bench.serve(Client(chat_body("a" * 2000, "d", "e")))
+            await bench.serve(Client(json.dumps({"model": "m", "prompt": "a" * 2000}).encode(), path="/v1/completions"))
+            first, second, plain_prompt = (record.prefix_blocks for record in bench.records())
+        async with running(tmp_path / "off", upstream.url) as bench:
+            await bench.serve(Client(chat_body("a" * 2000)))
+            assert bench.record().prefix_blocks is None
+    assert first is not None
+    assert second is not None
+    assert plain_prompt is not None
+    assert len(first) == len(second) == len(plain_prompt) == 7
+    assert first[:7] == second[:7] != plain_prompt
+
+
+@in_loop
+async def test_a_prompt_that_begins_alike_goes_where_it_began(tmp_path: Path) -> None:
+    async with Upstream(plain(chat_answer())) as one, Upstream(plain(chat_answer())) as other:
+        async with running(tmp_path, one.url, other.url, balance={"policy": "prefix"}) as bench:
+            for turn in range(6):
+                for letter in "xy":
+                    await bench.serve(Client(chat_body(letter * 3000, f"turn {turn}", "go on")))
+            bench.records()
+        assert len(one.requests) == len(other.requests) == 6
+        for upstream in (one, other):
+            assert len({request.fields["messages"][0]["content"] for request in upstream.requests}) == 1
+
+
+@pytest.mark.parametrize("script", [plain(b'{"error":{}}', 503), _closes])
+@in_loop
+async def test_another_upstream_answers_in_the_place_of_one_that_fails(tmp_path: Path, script: Script) -> None:
+    async with (
+        Upstream(script) as bad,
+        Upstream(plain(chat_answer())) as good,
+        running(tmp_path, bad.url, good.url) as bench,
+    ):
+        clients = [await bench.serve(Client(chat_body("hi"))) for _ in range(4)]
+        records = bench.records()
+        assert bench.counter("retries") == len(bad.requests) > 0
+    assert [client.status for client in clients] == [200] * 4
+    assert {(record.outcome, record.upstream) for record in records} == {(Outcome.OK, good.url)}
+    assert sum(record.attempts for record in records) == 4 + len(bad.requests)
+
+
+@in_loop
+async def test_failure_passes_where_nobody_else_is_left(tmp_path: Path) -> None:
+    async with (
+        Upstream(plain(b'{"error":{"type":"busy"}}', 503)) as one,
+        Upstream(plain(b"{}", 503)) as other,
+        running(tmp_path, one.url, other.url) as bench,
+    ):
+        client = await bench.serve(Client(chat_body("hi")))
+        record = bench.record()
+    assert (client.status, record.outcome, record.attempts) == (503, Outcome.UPSTREAM_ERROR, 2)
+    assert client.body in (b"{}", b'{"error":{"type":"busy"}}')
+
+
+@in_loop
+async def test_alias_is_sent_under_the_models_own_name(tmp_path: Path) -> None:
+    async with (
+        Upstream(plain(chat_answer())) as upstream,
+        running(tmp_path, upstream.url, aliases={"gpt": "m/own"}) as bench,
+    ):
+        await bench.serve(Client(chat_body("hi", model="gpt")))
+        record = bench.record()
+    assert upstream.requests[0].body == chat_body("hi", model="m/own")
+    assert (record.model, record.served_model) == ("gpt", "served")
+
+
+@in_loop
+async def test_models_of_all_upstreams_are_one_list(tmp_path: Path) -> None:
+    def models(name: str) -> Script:
+        return plain(json.dumps({"object": "list", "data": [{"id": name, "object": "model"}]}).encode())
+
+    async with (
+        Upstream(models("a")) as one,
+        Upstream(models("b")) as other,
+        running(tmp_path, one.url, other.url, aliases={"gpt": "a"}) as bench,
+    ):
+        client = await bench.serve(Client(method="GET", path="/v1/models", headers=()))
+        record = bench.record()
+    assert [each["id"] for each in json.loads(client.body)["data"]] == ["a", "b", "gpt"]
+    assert (client.status, record.outcome, record.endpoint) == (200, Outcome.OK, "/v1/models")
+
+
+@in_loop
+async def test_reload_takes_effect_for_the_next_request(tmp_path: Path) -> None:
+    async with (
+        Upstream(plain(b"one")) as one,
+        Upstream(plain(b"other")) as other,
+        running(tmp_path, one.url) as bench,
+    ):
+        before = await bench.serve(Client(method="GET", path="/x", headers=()))
+        settings = bench.gateway.settings
+        bench.gateway.apply(Settings.model_validate({**settings.model_dump(), "upstreams": (other.url,)}))
+        after = await bench.serve(Client(method="GET", path="/x", headers=()))
+        assert len(bench.records()) == 2
+    assert (before.body, after.body) == (b"one", b"other")
