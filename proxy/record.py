@@ -6,6 +6,7 @@ At its start it waits for the database and brings its schema up to date; then it
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from types import FrameType
@@ -18,6 +19,8 @@ from storage.sink import Sink, SinkUnavailable, open_sink
 
 log = logging.getLogger("burstgate.recorder")
 
+NICENESS = 5
+"""Beside workers on a busy core the recorder takes a quarter: a batch that waits delays nobody, a request does."""
 PREDECESSOR_S = 5.0
 """How long it waits for the recorder of a supervisor that was killed to finish its last batch and go."""
 
@@ -86,6 +89,7 @@ def run_recorder(recorder: HandingRecorder) -> None:
 
 def run_supervised(task: ChildTask) -> None:
     """Record until told to stop."""
+    os.nice(NICENESS)
     recorder = open_recorder(task.settings, wait_s=PREDECESSOR_S)
     watch_parent(recorder.stop)
     task.tell_ready()

@@ -126,7 +126,7 @@ class Results:
         if "unary" in self.by_figure:
             found.append(self._against("unary", "unary chat, against LiteLLM", "litellm", 1 / 80, None))
             found.append(
-                self._against("unary", "recording on, against records dropped", "burstgate-unrecorded", 1.25, 1.15)
+                self._against("unary", "recording on, against off", "burstgate-unrecorded", 1.25, 1.15)
             )
         if "latency" in self.by_figure:
             for name, ours, theirs in zip(
