@@ -471,12 +471,6 @@ class Fleet:
             for upstream in self.upstreams
         ]
 
-    def pick(self, excluded: frozenset[int] = frozenset()) -> int | None:
-        """The index of the upstream for the next request; None when all are excluded."""
-        self.refresh(time.monotonic_ns())
-        decision = self.decide(None, None, (), sorted(excluded), True)
-        return None if decision is None else decision.index
-
 
 class Selection:
     """One request's way through the fleet: `pick`, then what became of it, until it is answered or nobody is left."""

@@ -125,9 +125,7 @@ class Results:
                 found.append(self._against(figure, work, "envoy", bar, beyond))
         if "unary" in self.by_figure:
             found.append(self._against("unary", "unary chat, against LiteLLM", "litellm", 1 / 80, None))
-            found.append(
-                self._against("unary", "recording on, against off", "burstgate-unrecorded", 1.25, 1.15)
-            )
+            found.append(self._against("unary", "recording on, against off", "burstgate-unrecorded", 1.25, 1.15))
         if "latency" in self.by_figure:
             for name, ours, theirs in zip(
                 ("p50", "p99"), self.added_us("burstgate"), self.added_us("envoy"), strict=True
