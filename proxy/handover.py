@@ -107,18 +107,19 @@ def take_handover(environment: MutableMapping[str, str] = os.environ) -> Handove
 def _check(handover: Handover) -> None:
     """Descriptors are what they are said to be, and close on the next exec; processes are ours. Raises ValueError."""
     for descriptor in (*handover.gateways, handover.control):
-        os.set_inheritable(descriptor, False)
         with socket.socket(fileno=os.dup(descriptor)) as sock:
             if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 raise ValueError(f"descriptor {descriptor} does not listen")
     for process in handover.living:
-        os.set_inheritable(process.stdin_fd, False)
         if not stat.S_ISFIFO(os.fstat(process.stdin_fd).st_mode):
             raise ValueError(f"descriptor {process.stdin_fd} is no pipe")
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # raises for what is no child of ours
     for process in handover.workers:
         if any(not 0 <= place < len(handover.gateways) for place in process.sockets):
             raise ValueError(f"the {process.name} listens on {process.sockets} of {len(handover.gateways)} sockets")
+    # Last: what is refused is not ours to change.
+    for descriptor in (*handover.gateways, handover.control, *(process.stdin_fd for process in handover.living)):
+        os.set_inheritable(descriptor, False)
 
 
 class Preflight:

@@ -4,9 +4,9 @@ uvicorn accepts connections, runs the loop and stops it; each connection is one 
 `Incoming` of every request, tells it what arrives, and writes its answer, with these rules:
 
 - Requests of one connection are answered in order, one at a time; those pipelined behind wait, their number bounded.
-- A request's target and headers beyond the limit (twice that for a head that does not end), and bytes that are no HTTP
-  request, are refused in OpenAI's envelope and end the connection. Framing that could be read in two ways (RFC 9112,
-  section 6.3) is llhttp's to refuse.
+- A request's target and headers beyond the limit (a little more for a head that does not end), and bytes that are no
+  HTTP request, are refused in OpenAI's envelope and end the connection. Framing that could be read in two ways (RFC
+  9112, section 6.3) is llhttp's to refuse.
 - An answer is framed by its own Content-Length, else chunked (for HTTP/1.0: by the end of the connection).
 - An answer that begins before its request has ended ends the connection: half-closed first, so that a client that still
   sends can read it.
@@ -38,6 +38,8 @@ IDLE_SWEEPS = 5
 """A connection is closed when it has waited so many sweeps for a request's head to begin, or to end. 75 s: longer than
 the idle timeouts of common load balancers and SDKs, so that they close first."""
 LINGER_S = 1.0
+HEAD_SLACK_BYTES = 1024
+"""Of a head that is not whole all bytes count, of one that is its target and headers: method, version, white space."""
 MAX_WAITING = 16
 MAX_WAITING_BYTES = 64 * 1024
 """Requests, and bytes of their bodies, that may be pipelined behind the one being answered before reading stops."""
@@ -267,7 +269,7 @@ class ClientConnection(asyncio.Protocol):
                 self._learn(data)
             if self._is_in_head:
                 self._head_bytes += self._piece_bytes
-                if self._head_bytes > 2 * self._site.head_limit:  # its size is known when it is whole
+                if self._head_bytes > self._site.head_limit + HEAD_SLACK_BYTES:  # its size is known when it is whole
                     self._refuse(self._too_large())
 
     def _learn(self, data: bytes) -> None:

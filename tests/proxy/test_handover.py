@@ -113,6 +113,7 @@ def test_what_is_not_as_it_must_be_is_refused(
         take_handover(environment)
     assert str(caught.value) == f"{VARIABLE}: {text!r}: {reason}"
     assert environment == {}
+    assert os.get_inheritable(0)  # descriptors that turn out to be somebody else's stay as they are
 
 
 def test_process_that_is_no_child_and_socket_that_does_not_listen(listening: socket.socket, tmp_path: Path) -> None:
