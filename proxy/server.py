@@ -16,6 +16,7 @@ uvicorn accepts connections, runs the loop and stops it; each connection is one 
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import http
 import logging
@@ -66,7 +67,7 @@ class Site(Protocol):
         ...
 
 
-class Incoming:
+class Incoming(abc.ABC):
     """A request as its connection sees it. Its methods do not raise."""
 
     __slots__ = ("connection", "content_length", "head", "is_http_10", "is_whole", "keep_alive", "method", "target",
@@ -85,29 +86,29 @@ class Incoming:
         """The whole body has arrived."""
         self.trailers: Headers | None = None
 
+    @abc.abstractmethod
     def start(self) -> None:
         """Its turn has come: it may be answered from now on."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def received(self, data: bytes) -> None:
         """A piece of the body; perhaps before its turn."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def received_all(self) -> None:
         """The body is whole; perhaps before its turn."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def broken(self, error: GatewayError) -> None:
         """The rest of the body can not be read."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def writable(self) -> None:
         """The client has read on: its connection is no longer `is_blocked`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def left(self) -> None:
         """The client has gone; nothing can be written any more."""
-        raise NotImplementedError
 
 
 class _Refused(Exception):
