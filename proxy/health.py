@@ -157,8 +157,8 @@ class Health:
         return not self.is_closed and self._cause is State.EJECTED
 
     def ramp(self, now_ns: int) -> float:
-        """The part of its weight that it has, in (0, 1]; the smallest while half open."""
-        if not self.is_closed:
+        """The part of its weight that it has, in (0, 1]; the smallest while its circuit is open or its probes fail."""
+        if self._is_probed_down or not self.is_closed:
             return 1 / RAMP_STEPS
         if self._ramp_from_ns is None:
             return 1.0

@@ -288,6 +288,7 @@ def test_what_can_not_change_is_named_and_the_rest_is_applied(tmp_path: Path) ->
             assert asyncio.run(fetch(installation.gateway_url, Ask("before", False, 3))).is_whole
             restart(installation)
             assert installation.output.splitlines().count(stays) == 2
+            wait_settled(installation, 1)  # until then the old worker, too, may take a request
             assert asyncio.run(fetch(installation.gateway_url, Ask("after", False, 3))).is_whole
             rows = installation.wait_rows(2)
             assert [(row.client_request_id, row.gateway) for row in rows] == [("before", "one"), ("after", "two")]

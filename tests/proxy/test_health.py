@@ -145,6 +145,18 @@ def test_weight_grows_in_steps_and_says_when() -> None:
     assert of.state(11 * S) is UP
 
 
+def test_weight_grows_from_when_the_probes_are_well_again() -> None:
+    of = health(slow_start_s=9)
+    act(of, 0, "refused")
+    act(of, S, "trial")
+    act(of, S, "trial")
+    act(of, 2 * S, "probe-")
+    act(of, 2 * S, "probe-")
+    assert (of.state(99 * S), of.ramp(99 * S), of.changes_at_ns(2 * S)) == (DOWN, 0.1, None)
+    act(of, 99 * S, "probe+")
+    assert (of.state(99 * S), of.ramp(99 * S), of.changes_at_ns(99 * S)) == (State.SLOW_START, 0.1, 100 * S)
+
+
 @given(st.lists(st.tuples(st.floats(0, 5), st.sampled_from(
     ["fail", "cut", "ok", "trial", "refused", "probe+", "probe-", "outlier"])), max_size=60),
     st.sampled_from([0.0, 0.7, 10.0]))  # fmt: skip
