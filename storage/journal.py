@@ -16,9 +16,13 @@ WRITER is a UUIDv7, new for every process that writes. A frame's payload is one 
 
 Rules: every B is followed, in the same or a later segment, by one E with the same request id, unless the writer died;
 then the recorder writes that request's record, outcome `gateway_crash`. A new segment repeats the B of every request
-still open, so that each segment can be deleted as soon as its own records are in the database. Appending is one
-write(2) without fsync: it survives any death of the process, and `sync()` once a second bounds what a power cut takes.
-A write that fails is cut off again, so that a full disk never leaves half a frame before a whole one.
+still open, so that each segment can be deleted as soon as its own records are in the database.
+
+Appending is a copy into a shared memory map of the segment: as write(2) does, it leaves the bytes with the kernel, so
+they survive any death of the process, and it costs no system call; `sync()` once a second bounds what a power cut
+takes. The map goes ahead of the frames by `WINDOW_BYTES` at most, over blocks that were allocated before
+(posix_fallocate): a full disk is met there, as an error, and not in the map, as a signal. Behind the last frame a
+segment is zeros until it is cut to its size.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import time
@@ -45,6 +50,8 @@ RETIRED = "retired"
 MAX_UNWRITTEN = 10_000
 """Records kept in memory while the disk refuses them. Beyond it an end is lost: its request, begun in the journal, is
 recorded as `gateway_crash` when the writer has gone."""
+WINDOW_BYTES = 256 * 1024
+"""Of a segment, what is allocated and mapped at a time. The recorder reads more than that at a time."""
 RESERVE_BYTES = 2048
 """What a request must find free in the budget to be accepted, so that its end finds room too."""
 
@@ -160,6 +167,20 @@ def is_writer_alive(directory: Path) -> bool:
         os.close(descriptor)
 
 
+def _allocate(descriptor: int, size: int, more: int) -> None:
+    """Allocate what a file is to grow by. Raises OSError, ENOSPC among others.
+
+    Where the file system can not allocate ahead, and the C library does not stand in for it, zeros are written.
+    """
+    try:
+        os.posix_fallocate(descriptor, size, more)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        if os.pwrite(descriptor, bytes(more), size) != more:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+
+
 class Unrecorded:
     """Stands in for a journal that can not be opened because the disk is full: requests go on, dropped and counted."""
 
@@ -244,7 +265,7 @@ class NotRecording:
 
 
 class JournalWriter:
-    """One process's journal. All methods but `sync` are for one thread; none blocks on anything but write(2).
+    """One process's journal. All methods but `sync` are for one thread; none waits for the disk.
 
     budget_bytes is for the whole journal directory: `refresh_budget()`, about once a second, measures what is left.
     """
@@ -268,6 +289,7 @@ class JournalWriter:
         self._journal = journal
         self._gateway = gateway
         self._segment_bytes = segment_bytes
+        self._window_bytes = min(WINDOW_BYTES, segment_bytes)
         self._budget_bytes = budget_bytes
         self._allowance_bytes = 0
         self._open: dict[str, bytes] = {}
@@ -276,8 +298,10 @@ class JournalWriter:
         self._encoder = msgspec.msgpack.Encoder()
         self._segment = 0
         self._fd = -1
+        self._map: mmap.mmap | None = None
+        self._mapped_bytes = 0
         self._size = self._first_size = 0
-        self._needs_segment = False
+        """Up to the end of the last frame, and what that was when the segment was new."""
         with _new_writer(journal, writer_id, counter_names) as (self.directory, self._lock, self.counters):
             self._slots = self.counters.slots
             self._start_segment()
@@ -318,26 +342,32 @@ class JournalWriter:
             self._rotate()
 
     def _append(self, frame: bytes) -> bool:
-        if self._needs_segment and not self._rotate():
+        start = self._size
+        end = start + len(frame)
+        if end > self._mapped_bytes and not self._map_on(end):
             return False
-        try:
-            written = os.write(self._fd, frame)
-        except OSError:
-            written = 0
-        if written != len(frame):
-            self._cut_off()
-            return False
-        self._size += written
-        self._allowance_bytes -= written
-        self._slots[_BYTES] += written
+        assert self._map is not None
+        self._map[start:end] = frame
+        self._size = end
+        self._allowance_bytes -= len(frame)
+        self._slots[_BYTES] += len(frame)
         return True
 
-    def _cut_off(self) -> None:
-        """Remove what a failed write left; where even that fails, go on in a new segment."""
-        try:
-            os.ftruncate(self._fd, self._size)
-        except OSError:
-            self._needs_segment = True
+    def _map_on(self, needed: int) -> bool:
+        """Map more of the segment, up to there at least; False where the disk has no room."""
+        assert self._map is not None
+        mapped = self._mapped_bytes
+        for size in (max(mapped + self._window_bytes, needed), needed):
+            try:
+                _allocate(self._fd, mapped, size - mapped)
+                self._map.resize(size)
+            except OSError:
+                continue
+            self._mapped_bytes = size
+            # What has been written is the kernel's business: out of this process' memory with it.
+            self._map.madvise(mmap.MADV_DONTNEED, 0, self._size - self._size % mmap.PAGESIZE)
+            return True
+        return False
 
     def _rotate(self) -> bool:
         """Go on in a new segment; False where none can be made, and the present one must do."""
@@ -345,7 +375,6 @@ class JournalWriter:
             self._start_segment()
         except OSError:
             return False
-        self._needs_segment = False
         return True
 
     def _start_segment(self) -> None:
@@ -363,21 +392,33 @@ class JournalWriter:
         data = encode_frame(b"H" + msgspec.json.encode(header)) + b"".join(self._open.values())
         path = segment_path(self.directory, segment)
         draft = path.with_suffix(".new")
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        length = len(data) + self._window_bytes
+        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            if os.write(descriptor, data) != len(data):
-                raise OSError(errno.ENOSPC, "no space for a segment's header", str(path))
+            _allocate(descriptor, 0, length)
+            new = mmap.mmap(descriptor, length)
+            new[: len(data)] = data
             draft.rename(path)
         except OSError:
             os.close(descriptor)
             draft.unlink(missing_ok=True)
             raise
-        if self._fd >= 0:
-            self._retired.append(self._fd)
+        self._leave_segment()
         self._fd = descriptor
         self._segment = segment
+        self._map, self._mapped_bytes = new, length
         self._size = self._first_size = len(data)
         self._allowance_bytes -= len(data)
+
+    def _leave_segment(self) -> None:
+        """Cut the present segment, if any, to its size; `sync` closes it."""
+        if self._map is None:
+            return
+        self._map.close()
+        self._map = None
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fd, self._size)
+        self._retired.append(self._fd)
 
     def retry_unwritten(self) -> None:
         """Write the ends that the disk refused before."""
@@ -390,13 +431,15 @@ class JournalWriter:
         self._slots[_UNWRITTEN] = len(self._unwritten)
 
     def refresh_budget(self) -> None:
-        """Measure what the budget leaves."""
-        self._allowance_bytes = self._budget_bytes - directory_bytes(self._journal)
+        """Measure what the budget leaves; what this writer has allocated and not used is not spent."""
+        unused = self._mapped_bytes - self._size
+        self._allowance_bytes = self._budget_bytes - directory_bytes(self._journal) + unused
 
     def sync(self) -> None:
         """fdatasync what was appended. May run in another thread."""
-        with contextlib.suppress(OSError):
-            os.fdatasync(self._fd)
+        if self._map is not None:
+            with contextlib.suppress(OSError):
+                os.fdatasync(self._fd)
         while self._retired:
             descriptor = self._retired.popleft()
             with contextlib.suppress(OSError):
@@ -415,11 +458,10 @@ class JournalWriter:
 
     def close(self) -> None:
         """Sync and let go of the lock: the recorder may finish this writer. Again is without effect."""
-        if self._fd < 0:
+        if self._map is None:
             return
         self.retry_unwritten()
+        self._leave_segment()
         self.sync()
-        os.close(self._fd)
-        self._fd = -1
         self.counters.close()
         os.close(self._lock)

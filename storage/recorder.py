@@ -154,9 +154,10 @@ class SegmentReader:
                 end = self.offset + HEAD_BYTES + len(payload)
                 self._take(payload, end, records)
                 self.offset = end
-        self.rest = data[used:]
+        self.rest = data[used:].rstrip(b"\0")  # a segment is allocated ahead
         at_end = len(data) < READ_BYTES
-        if not at_end and not used:  # no frame is that long
+        if not at_end and not used:  # no frame is that long, and no segment is allocated so far ahead
+            self.rest = data
             self.skip_damage(len(data) - _LONGEST_FRAME_BYTES)
         if self.rest and at_end and has_later:
             return not self.skip_damage()

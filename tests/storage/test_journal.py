@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import resource
@@ -172,26 +173,75 @@ def test_a_budget_of_nothing_journals_nothing(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_a_write_that_fails_is_cut_off_and_ends_are_written_later(writer: JournalWriter) -> None:
+def test_what_a_full_disk_refuses_leaves_no_trace_and_ends_are_written_later(writer: JournalWriter) -> None:
     for number in range(4):
         writer.begin(begun(number))
     writer.end(ended(0))
     path = segment_path(writer.directory, 1)
-    size = path.stat().st_size
-    with file_size_limit(size + 20):
-        assert not writer.begin(begun(9))  # its first 20 bytes were written
-        assert path.stat().st_size == size
+    before = path.read_bytes().rstrip(b"\0")
+    allocated = path.stat().st_size
+    with file_size_limit(allocated):
+        begins = 0
+        while writer.begin(begun(9 + begins)):
+            begins += 1
+        full = path.read_bytes()
+        assert len(full) == allocated
+        assert full.startswith(before)
+        assert begins  # what had been allocated is used
+        assert not full[-20:].rstrip(b"\0")  # and nothing of the frame that did not fit
         writer.end(ended(1))
         writer.end(ended(2))
         writer.retry_unwritten()
-        assert path.stat().st_size == size
+        assert path.read_bytes() == full
         counters = read_counters(writer.directory / "counters")
         assert (counters["dropped_io"], counters["journal_unwritten"], counters["ended"]) == (1, 2, 3)
     writer.end(ended(3))  # in its turn, behind those that wait
-    assert read_back(writer.directory) == ([ended(0)], {"request-1", "request-2", "request-3"})
+    others = {f"request-{9 + number}" for number in range(begins)}
+    assert read_back(writer.directory) == ([ended(0)], {"request-1", "request-2", "request-3"} | others)
     writer.retry_unwritten()
-    assert read_back(writer.directory) == ([ended(0), ended(1), ended(2), ended(3)], set())
+    assert read_back(writer.directory) == ([ended(0), ended(1), ended(2), ended(3)], others)
     assert read_counters(writer.directory / "counters")["journal_unwritten"] == 0
+
+
+def test_a_disk_with_little_room_is_used_to_the_end(writer: JournalWriter) -> None:
+    path = segment_path(writer.directory, 1)
+    room = path.stat().st_size + 1000
+    with file_size_limit(room):
+        begins = 0
+        while writer.begin(begun(begins)):
+            begins += 1
+    assert room - path.stat().st_size < 100
+    assert read_back(writer.directory) == ([], {f"request-{number}" for number in range(begins)})
+
+
+def test_a_segment_is_cut_to_its_size_when_it_is_left(writer: JournalWriter) -> None:
+    number = 0
+    while open_segments(writer.directory) == [1]:
+        writer.begin(begun(number))
+        writer.end(ended(number))
+        number += 1
+    data = segment_path(writer.directory, 1).read_bytes()
+    assert decode_frames(data)[1] == len(data)
+    writer.close()
+    data = segment_path(writer.directory, 2).read_bytes()
+    assert decode_frames(data)[1] == len(data)
+
+
+def test_where_blocks_can_not_be_allocated_zeros_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    writer = JournalWriter(tmp_path, "w", gateway="g", segment_bytes=4096)
+    for number in range(100):
+        assert writer.begin(begun(number))
+        writer.end(ended(number))
+    with file_size_limit(100):
+        assert not writer._rotate()
+    path = segment_path(writer.directory, open_segments(writer.directory)[-1])
+    assert path.stat().st_blocks * 512 >= path.stat().st_size
+    writer.close()
+    assert read_back(writer.directory) == ([ended(number) for number in range(100)], set())
 
 
 @contextlib.contextmanager

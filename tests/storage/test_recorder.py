@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import threading
 import time
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from storage.doctor import take_balance
 from storage.engine import open_engine, upgrade
-from storage.frame import encode_frame
+from storage.frame import decode_frames, encode_frame
 from storage.journal import Begun, JournalWriter, NotRecording, segment_path
 from storage.recorder import READ_BYTES, Recorder, SegmentReader, open_segments
 from storage.schema import requests
@@ -240,39 +241,43 @@ def test_a_writer_in_the_making_is_left_alone(journal: Path, database: sa.Engine
     recorder.close()
 
 
-def test_a_half_frame_that_the_writer_cut_off_is_forgotten(
-    journal: Path, database: sa.Engine, writer: JournalWriter
-) -> None:
-    """The disk was full in the middle of a frame; the recorder read what was there before it was cut off again."""
+def _tear(path: Path) -> None:
+    """Half a frame behind the last whole one: its writer is in the middle of it, or was killed there."""
+    with path.open("r+b") as file:
+        file.seek(decode_frames(file.read())[1])
+        file.write(encode_frame(b"E" + b"x" * 100)[:50])
+
+
+def test_a_half_frame_is_read_when_it_is_whole(journal: Path, database: sa.Engine, writer: JournalWriter) -> None:
     recorder = new_recorder(journal, database)
     serve(writer, "a")
-    path = segment_path(writer.directory, 1)
-    size = path.stat().st_size
-    with path.open("ab") as file:
-        file.write(encode_frame(b"E" + b"x" * 100)[:50])
+    _tear(segment_path(writer.directory, 1))
     assert recorder.step() == 1
-    with path.open("ab") as file:
-        file.truncate(size)
-    serve(writer, "b")
+    serve(writer, "b")  # over it
     assert recorder.step() == 1
     assert outcomes(database) == {"a": "ok", "b": "ok"}
     recorder.close()
 
 
-@pytest.mark.parametrize("is_rotated", [False, True])
+@pytest.mark.parametrize("is_cut", [False, True])
+@pytest.mark.parametrize("has_later", [False, True])
 def test_a_torn_tail_is_nobodys_record(
-    is_rotated: bool, journal: Path, database: sa.Engine, writer: JournalWriter, caplog: pytest.LogCaptureFixture
-) -> None:
+    is_cut: bool, has_later: bool, journal: Path, database: sa.Engine, writer: JournalWriter,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     serve(writer, "a")
-    with segment_path(writer.directory, 1).open("ab") as file:
-        file.write(encode_frame(b"E" + b"x" * 100)[:50])
-    if is_rotated:  # where the tail could not even be cut off, the writer goes on in a new segment
+    path = segment_path(writer.directory, 1)
+    allocated = path.stat().st_size
+    if has_later:
         assert writer._rotate()
         serve(writer, "b")
     writer.close()
+    _tear(path)
+    if not is_cut:  # as a kill leaves it: allocated ahead
+        os.truncate(path, allocated)
     recorder = new_recorder(journal, database)
     drain(recorder)
-    assert outcomes(database) == ({"a": "ok", "b": "ok"} if is_rotated else {"a": "ok"})
+    assert outcomes(database) == ({"a": "ok", "b": "ok"} if has_later else {"a": "ok"})
     assert_balanced(journal, database)
     assert caplog.records == []
     recorder.close()
@@ -347,8 +352,7 @@ def test_a_frame_of_a_newer_version_is_left_in_place_and_said(
 ) -> None:
     serve(writer, "a", "b")
     path = segment_path(writer.directory, 1)
-    with path.open("ab") as file:
-        file.write(encode_frame(payload))
+    assert writer._append(encode_frame(payload))
     serve(writer, "c")
     content = path.read_bytes()
     other = JournalWriter(journal, "x", gateway="g")
@@ -365,7 +369,7 @@ def test_a_frame_of_a_newer_version_is_left_in_place_and_said(
     writer.close()
     other.close()
     drain(recorder)
-    assert path.read_bytes() == content
+    assert path.read_bytes() == content.rstrip(b"\0")
     assert not other.directory.exists()
     recorder.close()
 
