@@ -228,7 +228,9 @@ def _fill(path: Path) -> None:
 def test_a_full_disk_drops_records_and_counts_them_and_requests_go_on(small_disk: Path, tmp_path: Path) -> None:
     with (
         Simulator("--step-base-s", "0.05") as simulator,
-        Installation(simulator.url, data_dir=tmp_path / "data") as installation,
+        Installation(
+            simulator.url, data_dir=tmp_path / "data", env={"BURSTGATE_JOURNAL__SEGMENT": "64KiB"}
+        ) as installation,
     ):
         _ask_all(installation, "before", 4)
         installation.wait_rows(4)
@@ -245,12 +247,12 @@ def test_a_full_disk_drops_records_and_counts_them_and_requests_go_on(small_disk
 
         streams = asyncio.run(outlive_the_disk())
         assert all(answer.is_whole for answer in streams)
-        _ask_all(installation, "full", 40)
+        _ask_all(installation, "full", 400)  # more than what is allocated takes
         assert _dropped(installation)["io"] > 10
         assert installation.doctor()["accounting"].is_ok
         (small_disk / "ballast").unlink()
         dropped = _dropped(installation)["io"]
-        rows = installation.wait_rows(4 + 8 + 40 - dropped, timeout_s=CATCH_UP_S)
+        rows = installation.wait_rows(4 + 8 + 400 - dropped, timeout_s=CATCH_UP_S)
         assert {row.outcome for row in rows} == {Outcome.OK}
         assert {f"open-{n}" for n in range(8)} <= {row.client_request_id for row in rows}
         _ask_all(installation, "after", 4)
