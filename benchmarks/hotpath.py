@@ -30,12 +30,14 @@ import msgspec
 from proxy.sessions import SessionTable, conversation_keys
 from proxy.telemetry import WORKER_COUNTERS, WorkerMetrics
 from storage.engine import open_engine, upgrade
-from storage.journal import Begun, JournalWriter
+from storage.entries import Begun
+from storage.journal import JournalWriter
 from storage.recorder import Recorder
 from storage.sink import open_sink
 from traces.record import Outcome, TokenSource, TraceRecord
 from wire.accounting import StreamAccount, UnaryAccount
-from wire.openai import Family, ask_for_usage, read_request
+from wire.openai import ask_for_usage, read_request
+from wire.shapes import Family
 
 SECRET = b"k" * 32
 ROWS_PER_S = 5_000

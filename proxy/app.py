@@ -95,7 +95,7 @@ def build_app(settings: Settings) -> GatewayApp:
             raise
         app.gateway = gateway
         app.loop = asyncio.get_running_loop()
-        async with asyncio.TaskGroup() as tasks, gateway.fleet.running():
+        async with asyncio.TaskGroup() as tasks, gateway.fleet:
             chores = [tasks.create_task(_maintain(gateway)), tasks.create_task(gateway.watch.run())]
             yield
             for chore in chores:

@@ -29,23 +29,15 @@ from proxy.settings import Settings
 from proxy.telemetry import WorkerMetrics
 from proxy.upstream import Fleet, Selection, Upstream
 from proxy.watch import Timers, Watch
-from storage.journal import Begun, JournalWriter, NotRecording, Unrecorded
+from storage.entries import Begun
+from storage.journal import JournalWriter, NotRecording, Unrecorded
 from traces.record import LogType, Outcome, TokenSource, TraceRecord
 from wire import latency
 from wire.accounting import Account, Accounted, NoAccount, StreamAccount, UnaryAccount
 from wire.http import ConnectFailed, ConnectTimedOut, Exchange
 from wire.http1 import BadResponse, Headers, KnownHead, encode_lines
-from wire.openai import (
-    NO_FACTS,
-    USAGE_ON_REQUEST,
-    Family,
-    RequestFacts,
-    ask_for_usage,
-    family_of,
-    read_form,
-    read_request,
-    with_model,
-)
+from wire.openai import USAGE_ON_REQUEST, ask_for_usage, family_of, read_form, read_request, with_model
+from wire.shapes import NO_FACTS, Family, RequestFacts
 
 log = logging.getLogger("burstgate.gateway")
 

@@ -14,8 +14,9 @@ import logging
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import msgspec
 
@@ -124,6 +125,7 @@ class Fleet:
         self._prefixes = PrefixTable(0)
         self._tasks: asyncio.TaskGroup | None = None
         self._watchers: list[asyncio.Task[None]] = []
+        self._running = contextlib.AsyncExitStack()
         self._configure(tuple(upstreams), settings or Settings())
 
     # Configuration ---------------------------------------------------------------------------------------------------
@@ -359,22 +361,28 @@ class Fleet:
 
     # Questions -------------------------------------------------------------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def __aenter__(self) -> Self:
         """Look after the upstreams; returns once each was asked for its models, or `health.timeout_s` later."""
-        async with asyncio.TaskGroup() as tasks:
+        async with contextlib.AsyncExitStack() as stack:
+            tasks = await stack.enter_async_context(asyncio.TaskGroup())
             asked = [tasks.create_task(self._ask(upstream)) for upstream in self.upstreams if self._is_asked(upstream)]
             if asked:
                 await asyncio.wait(asked)
             self._tasks = tasks
+            stack.callback(self._watch_none)
             self._watch_all()
-            try:
-                yield
-            finally:
-                self._tasks = None
-                for watcher in self._watchers:
-                    watcher.cancel()
-                self._watchers = []
+            self._running = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        """Leave them."""
+        await self._running.__aexit__(*exc_info)
+
+    def _watch_none(self) -> None:
+        self._tasks = None
+        for watcher in self._watchers:
+            watcher.cancel()
+        self._watchers = []
 
     def _watch_all(self) -> None:
         if self._tasks is None:

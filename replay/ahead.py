@@ -18,7 +18,7 @@ from replay.client import ASK_TIMEOUT_S, Endpoint, Unanswered, count_tokens, req
 from replay.prompts import UsageModel, WordModel, build_text, calibrate, fit
 from replay.schedule import Planned
 from wire.http import HttpClient
-from wire.openai import Usage
+from wire.shapes import Usage
 
 LOOK_AHEAD_ROWS = 1024
 LOOK_AHEAD_TOKENS = 1_000_000

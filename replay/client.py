@@ -30,7 +30,7 @@ from traces.record import Origin, Outcome
 from wire.accounting import Accounted, NoAccount, StreamAccount, UnaryAccount
 from wire.http import ConnectFailed, ConnectionLost, Exchange, HttpClient
 from wire.http1 import BadResponse, Headers
-from wire.openai import Family, Usage
+from wire.shapes import Family, Usage
 
 Endpoint = Literal["chat", "completions"]
 

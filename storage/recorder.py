@@ -25,18 +25,9 @@ from pathlib import Path
 import msgspec
 
 from storage.counters import read_counters
+from storage.entries import Begun, Header, crash_record
 from storage.frame import HEAD_BYTES, MAX_PAYLOAD_BYTES, decode_frames, find_frame
-from storage.journal import (
-    DROP_REASONS,
-    RETIRED,
-    SEGMENT_SUFFIX,
-    Begun,
-    Header,
-    crash_record,
-    is_writer_alive,
-    list_directory,
-    writer_directories,
-)
+from storage.journal import DROP_REASONS, RETIRED, SEGMENT_SUFFIX, is_writer_alive, list_directory, writer_directories
 from storage.sink import SegmentProgress, Sink, SinkUnavailable, WriterTotals
 from traces.record import TraceRecord
 

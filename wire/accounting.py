@@ -16,7 +16,8 @@ import re
 
 import msgspec
 
-from wire.openai import Choice, Delta, Family, Payload, Usage, error_type_of, read_payload, usage_of
+from wire.openai import error_type_of, read_payload, usage_of
+from wire.shapes import Choice, Delta, Family, Payload, Usage
 from wire.sse import SseSplitter, event_data
 
 MAX_UNARY_BYTES = 32 * 1024 * 1024

@@ -7,32 +7,21 @@ as unreadable.
 
 from __future__ import annotations
 
-import enum
 import json
 import re
 from typing import Any
 
 import msgspec
 
-_ABSENT = msgspec.Raw()
-"""A raw field that is not there: no bytes at all."""
-
-
-class Family(enum.Enum):
-    """Route families, by how their requests and answers spell model, streaming and usage."""
-
-    CHAT = "chat"
-    COMPLETIONS = "completions"
-    RESPONSES = "responses"
-    MESSAGES = "messages"
-    EMBEDDINGS = "embeddings"
-    RERANK = "rerank"
-    SCORE = "score"
-    POOLING = "pooling"
-    CLASSIFY = "classify"
-    AUDIO = "audio"
-    OTHER = "other"
-
+from wire.shapes import (
+    NO_FACTS,
+    Family,
+    Payload,
+    RequestBody,
+    RequestFacts,
+    StreamOptions,
+    Usage,
+)
 
 _FAMILIES = {
     "/v1/chat/completions": Family.CHAT,
@@ -63,50 +52,7 @@ def family_of(path: str) -> Family:
     return _FAMILIES.get(path, Family.OTHER)
 
 
-class RequestFacts(msgspec.Struct, frozen=True, gc=False):
-    """What a request body says; None where it says nothing readable."""
-
-    model: str | None = None
-    stream: bool = False
-    asks_usage: bool = False
-    """`stream_options.include_usage` is true."""
-    has_stream_options: bool = False
-    """A streaming request names `stream_options`, be it null."""
-    max_tokens: int | None = None
-    choices: int = 1
-    """OpenAI's `n`."""
-    session_id: str | None = None
-    """From the body's own session fields, in design order."""
-    previous_response_id: str | None = None
-    messages: msgspec.Raw = _ABSENT
-    """The raw `messages` array of a chat or Anthropic request; empty when there is none."""
-    is_json: bool = False
-
-
-NO_FACTS = RequestFacts()
-
-
-class _StreamOptions(msgspec.Struct, gc=False):
-    include_usage: bool | None = None
-
-
-class _Body(msgspec.Struct, gc=False):
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: _StreamOptions | msgspec.UnsetType | None = msgspec.UNSET
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    max_output_tokens: int | None = None
-    n: int | None = None
-    metadata: msgspec.Raw = _ABSENT
-    session_id: msgspec.Raw = _ABSENT
-    prompt_cache_key: msgspec.Raw = _ABSENT
-    conversation: msgspec.Raw = _ABSENT
-    previous_response_id: msgspec.Raw = _ABSENT
-    messages: msgspec.Raw = _ABSENT
-
-
-_body_decoder = msgspec.json.Decoder(_Body)
+_body_decoder = msgspec.json.Decoder(RequestBody)
 _object_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _BOM = b"\xef\xbb\xbf"
 
@@ -203,14 +149,14 @@ def _read_all(body: bytes) -> RequestFacts:
     return _facts_of(fields)
 
 
-def _facts_of(fields: _Body) -> RequestFacts:
+def _facts_of(fields: RequestBody) -> RequestFacts:
     options = fields.stream_options
     is_stream = fields.stream is True
     has_session = any(_session_fields(fields))
     return RequestFacts(
         model=fields.model,
         stream=is_stream,
-        asks_usage=isinstance(options, _StreamOptions) and options.include_usage is True,
+        asks_usage=isinstance(options, StreamOptions) and options.include_usage is True,
         has_stream_options=is_stream and options is not msgspec.UNSET,
         max_tokens=_first_int(fields.max_completion_tokens, fields.max_tokens, fields.max_output_tokens),
         choices=fields.n if fields.n is not None else 1,
@@ -221,7 +167,7 @@ def _facts_of(fields: _Body) -> RequestFacts:
     )
 
 
-def _session_fields(fields: _Body) -> tuple[msgspec.Raw, ...]:
+def _session_fields(fields: RequestBody) -> tuple[msgspec.Raw, ...]:
     return (
         fields.metadata,
         fields.session_id,
@@ -238,14 +184,14 @@ def _first_int(*values: int | None) -> int | None:
     return None
 
 
-def _read_leniently(body: bytes) -> _Body | None:
+def _read_leniently(body: bytes) -> RequestBody | None:
     """Field by field, dropping those of the wrong type; None when the body is no JSON object."""
     try:
         raw = _object_decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    fields = _Body(stream_options=None if "stream_options" in raw else msgspec.UNSET)
-    for field in msgspec.structs.fields(_Body):
+    fields = RequestBody(stream_options=None if "stream_options" in raw else msgspec.UNSET)
+    for field in msgspec.structs.fields(RequestBody):
         if field.name in raw:
             try:
                 setattr(fields, field.name, msgspec.json.decode(raw[field.name], type=field.type))
@@ -266,7 +212,7 @@ def _text(value: Any) -> str | None:
     return value[:256] if isinstance(value, str) and value else None
 
 
-def _session_of(fields: _Body) -> str | None:
+def _session_of(fields: RequestBody) -> str | None:
     metadata = _value_of(fields.metadata)
     if isinstance(metadata, dict):
         for key in ("session_id", "conversation_id", "user_session_id"):
@@ -297,7 +243,7 @@ def ask_for_usage(body: bytes, facts: RequestFacts) -> bytes | None:
     try:
         text = cut.decode("utf-8", "surrogateescape" if spans else "strict")
         span = _value_span(text, "stream_options")
-        if spans and span is not None and "\udcff" in text[span[0] : span[1]]:  # a mark of a text that was cut
+        if spans and span is not None and chr(0xDCFF) in text[span[0] : span[1]]:  # a mark of a text that was cut
             spans = []
             text = body.decode()
             span = _value_span(text, "stream_options")
@@ -412,88 +358,6 @@ def read_form(head: bytes) -> RequestFacts:
         model=model.decode("utf-8", "replace") if model else None,
         stream=values.get(b"stream", b"").lower() in _TRUE,
     )
-
-
-class Usage(msgspec.Struct, frozen=True, gc=False):
-    """Token counts as an upstream reported them."""
-
-    request_tokens: int | None = None
-    response_tokens: int | None = None
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct, gc=False):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    prompt_tokens_details: Any = None
-    input_tokens_details: Any = None
-    cache_read_input_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
-
-
-class Delta(msgspec.Struct, gc=False):
-    """A message, or what is new of it. The values of its parts are not judged: only whether they are there counts."""
-
-    role: Any = None
-    content: Any = None
-    reasoning: Any = None
-    reasoning_content: Any = None
-    refusal: Any = None
-    tool_calls: Any = None
-    function_call: Any = None
-    type: Any = None
-    """In Anthropic's events."""
-    stop_reason: str | None = None
-    """In Anthropic's message_delta."""
-
-
-class Choice(msgspec.Struct, gc=False):
-    """One of the answers to a request, or what is new of it."""
-
-    index: int = 0
-    delta: Delta | None = None
-    message: Delta | None = None
-    text: Any = None
-    finish_reason: str | None = None
-
-    @property
-    def has_output(self) -> bool:
-        """Something was generated.
-
-        Be it an empty text: vLLM sends one for a token that shows nothing yet. Beside a role it only opens the message.
-        """
-        delta = self.delta
-        if delta is None:
-            return self.text is not None
-        if delta.content or delta.reasoning or delta.reasoning_content or delta.tool_calls or delta.refusal:
-            return True
-        if delta.role is None:
-            return delta.content is not None or delta.reasoning is not None or delta.reasoning_content is not None
-        return bool(delta.function_call)
-
-
-class Payload(msgspec.Struct, gc=False):
-    """One JSON answer or stream event, whatever its family; absent fields are None."""
-
-    id: str | None = None
-    type: str | None = None
-    object: str | None = None
-    model: str | None = None
-    choices: list[Choice] | None = None
-    usage: _Usage | None = None
-    error: Any = None
-    code: Any = None
-    status: str | None = None
-    stop_reason: str | None = None
-    response: Payload | None = None
-    """In events of the Responses API."""
-    message: Payload | None = None
-    """In Anthropic's message_start."""
-    delta: Delta | str | None = None
-    """At the top level in Anthropic's and the Responses API's events."""
 
 
 _payload_decoder = msgspec.json.Decoder(Payload)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tests.wire.cuts import every_byte, pieces_at
 from wire.accounting import Accounted, StreamAccount
 from wire.http1 import BadResponse, Headers, Response, ResponseParser
-from wire.openai import Family
+from wire.shapes import Family
 from wire.sse import SseSplitter
 
 SEEDS_HTTP = [

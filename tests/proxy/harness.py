@@ -25,8 +25,9 @@ from proxy.exchange import Gateway
 from proxy.server import ClientConnection
 from proxy.settings import HealthSettings, Settings
 from storage.counters import read_counters
+from storage.entries import Begun
 from storage.frame import decode_frames
-from storage.journal import Begun, JournalWriter
+from storage.journal import JournalWriter
 from traces.record import TraceRecord
 
 P = ParamSpec("P")
@@ -524,7 +525,7 @@ async def running(data_dir: Path, *urls: str, **settings: Any) -> AsyncIterator[
     settings.setdefault("health", HealthSettings(interval_s=0, models_interval_s=0))
     gateway = build_gateway(Settings(upstreams=urls, data_dir=data_dir, gateway="test", **settings))
     try:
-        async with asyncio.TaskGroup() as tasks, gateway.fleet.running():
+        async with asyncio.TaskGroup() as tasks, gateway.fleet:
             ticking = tasks.create_task(gateway.watch.run())
             yield Bench(gateway)
             ticking.cancel()

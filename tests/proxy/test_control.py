@@ -20,8 +20,9 @@ from proxy.control import build_control
 from proxy.settings import Settings
 from proxy.telemetry import WORKER_COUNTERS, WorkerMetrics
 from storage.engine import open_engine, upgrade
+from storage.entries import Begun
 from storage.frame import encode_frame
-from storage.journal import Begun, JournalWriter
+from storage.journal import JournalWriter
 from storage.recorder import Recorder
 from storage.sink import open_sink
 from traces.record import Outcome, TraceRecord

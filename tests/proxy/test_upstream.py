@@ -373,7 +373,7 @@ def test_alias_with_one_upstream() -> None:
 async def test_models_are_discovered_before_the_first_request_and_again() -> None:
     async with servers("m,both", "n,both", "") as (a, b, c):
         of = fleet(a.url, b.url, c.url, health={**FAST, "interval_s": 0})
-        async with of.running():
+        async with of:
             assert [view.models for view in of.views()] == [("m", "both"), ("n", "both"), ()]
             assert {ask(of, model="n") for _ in range(5)} == {b.url}
             assert {ask(of, model="both") for _ in range(6)} == {a.url, b.url}
@@ -398,7 +398,7 @@ async def test_upstreams_that_do_not_say_what_they_serve_do_not_hold_up_the_star
         gone = f"http://127.0.0.1:{closed_port()}"
         upstreams = (silent.url, {"url": known.url, "models": ["k"]}, secretive.url, gone)
         of = fleet(*upstreams, health={**OFF, "models_interval_s": 30, "timeout_s": 0.1})
-        async with of.running():
+        async with of:
             assert [view.models for view in of.views()] == [None, ("k",), None, None]
             assert known.targets["/v1/models"] == 0
             assert {ask(of, model="x") for _ in range(8)} == {silent.url, known.url, secretive.url, gone}
@@ -407,7 +407,7 @@ async def test_upstreams_that_do_not_say_what_they_serve_do_not_hold_up_the_star
 @in_loop
 async def test_one_upstream_is_not_asked_for_models() -> None:
     async with servers("m") as (a,):
-        async with fleet(a.url, health=FAST).running():
+        async with fleet(a.url, health=FAST):
             await until(lambda: a.targets["/health"] > 2, "probed")
         assert a.targets["/v1/models"] == 0
         probes = a.targets["/health"]
@@ -451,7 +451,7 @@ async def test_merged_models() -> None:
 async def test_probes_take_an_upstream_out_and_bring_it_back(caplog: pytest.LogCaptureFixture) -> None:
     async with servers("m", "m") as (a, b):
         of = fleet(a.url, b.url, health=FAST, balance={"slow_start_s": 0})
-        async with of.running():
+        async with of:
             assert {ask(of) for _ in range(4)} == {a.url, b.url}
             for mood, error in [
                 ("sick", "GET /health: status 503"),
@@ -475,7 +475,7 @@ async def test_a_server_that_knows_no_health_route_is_well() -> None:
     async with servers("m", "m") as (a, b):
         a.mood = "secretive"
         of = fleet(a.url, b.url, health={**FAST, "path": "/v1/nothing", "unhealthy_after": 1})
-        async with of.running():
+        async with of:
             await until(lambda: a.targets["/v1/nothing"] > 3, "probed")
             assert states(of) == ["up", "up"]
 
@@ -627,7 +627,7 @@ def test_slow_start_gives_little_at_first() -> None:
 async def test_reload_keeps_what_stays() -> None:
     async with servers("m", "m", "m") as (a, b, c):
         of = fleet(a.url, b.url, health=FAST)
-        async with of.running():
+        async with of:
             kept, gone = of.upstreams
             assert {(await talk(of))[0] for _ in range(4)} == {a.url, b.url}
             connections = a.connections

@@ -28,7 +28,7 @@ from replay.simulator.config import SimulatorConfig
 from replay.simulator.server import running
 from traces.record import Outcome
 from wire.accounting import Accounted
-from wire.openai import Usage
+from wire.shapes import Usage
 
 TRACES = Path(os.environ.get("BURSTGATE_TRACES", Path(__file__).parents[2].parent / "shared" / "traces"))
 

@@ -11,7 +11,8 @@ import sqlalchemy as sa
 
 from storage.doctor import Balance, live_writers, take_balance
 from storage.engine import open_engine, upgrade
-from storage.journal import Begun, JournalWriter, segment_path
+from storage.entries import Begun
+from storage.journal import JournalWriter, segment_path
 from storage.recorder import Recorder
 from storage.sink import open_sink
 from traces.record import TraceRecord

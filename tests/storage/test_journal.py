@@ -15,15 +15,13 @@ import msgspec
 import pytest
 
 from storage.counters import read_counters
+from storage.entries import Begun, Header, crash_record
 from storage.frame import decode_frames, encode_frame
 from storage.journal import (
     RESERVE_BYTES,
     VERSION,
-    Begun,
-    Header,
     JournalWriter,
     NotRecording,
-    crash_record,
     directory_bytes,
     is_writer_alive,
     list_directory,

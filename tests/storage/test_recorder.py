@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from storage.doctor import take_balance
 from storage.engine import open_engine, upgrade
+from storage.entries import Begun
 from storage.frame import decode_frames, encode_frame
-from storage.journal import Begun, JournalWriter, NotRecording, segment_path
+from storage.journal import JournalWriter, NotRecording, segment_path
 from storage.recorder import READ_BYTES, Recorder, SegmentReader, open_segments
 from storage.schema import requests
 from storage.sink import SegmentProgress, Sink, SinkUnavailable, WriterTotals, open_sink

@@ -20,7 +20,7 @@ from wire.accounting import (
     StreamAccount,
     UnaryAccount,
 )
-from wire.openai import Family, Usage
+from wire.shapes import Family, Usage
 
 DONE = b"data: [DONE]\n\n"
 

@@ -11,10 +11,6 @@ from hypothesis import strategies as st
 
 from wire.openai import (
     LONG_TEXT_BYTES,
-    NO_FACTS,
-    Family,
-    RequestFacts,
-    Usage,
     ask_for_usage,
     cut_texts,
     error_type_of,
@@ -25,6 +21,7 @@ from wire.openai import (
     usage_of,
     with_model,
 )
+from wire.shapes import NO_FACTS, Family, RequestFacts, Usage
 
 
 def facts(**fields: Any) -> RequestFacts:
