@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow fuzz bench lint lock clean
+.PHONY: demo test test-slow test-compiled fuzz bench lint lock clean
 
 .venv/.installed: requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"burstgate needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]} (set PYTHON=...)")'
@@ -21,6 +21,13 @@ test: .venv/.installed
 # The rest: the long crash and outage rounds, and the suites against a real vLLM where one can be had.
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m "slow or vllm"
+
+# The data plane's tests against a data plane that is compiled, as it is for a release; needs a C compiler.
+test-compiled: .venv/.installed
+	rm -rf .compiled
+	HATCH_BUILD_HOOKS_ENABLE=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --target .compiled .
+	cp -r tests pyproject.toml .compiled
+	cd .compiled && PYTHONPATH=$(CURDIR)/.compiled $(CURDIR)/$(BIN)/python -m pytest tests/wire tests/proxy tests/storage/test_journal.py tests/e2e/conformance tests/e2e/test_crash.py -m "not slow and not vllm and not postgres"
 
 # The wire's parsers against bytes of all kinds, FUZZ_S seconds each; needs atheris, and says how to get it.
 FUZZ_S ?= 600
@@ -43,4 +50,4 @@ lock:
 	uv pip compile -q --exclude-newer "$(LOCK_BEFORE)" --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -o requirements-dev.lock -c requirements.lock pyproject.toml --group dev
 
 clean:
-	rm -rf .venv demo-out burstgate-data .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .compiled demo-out burstgate-data .pytest_cache .mypy_cache .ruff_cache .hypothesis

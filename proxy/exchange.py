@@ -17,7 +17,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote_to_bytes
 
 from proxy.errors import GatewayError, error_body
@@ -986,7 +986,7 @@ class Estimates:
     Used only where an answer began and no usage arrived. Before anything is learned, 4 bytes count as a token.
     """
 
-    MAX_MODELS = 256
+    MAX_MODELS: ClassVar[int] = 256
 
     def __init__(self) -> None:
         self._tokens_per_byte: dict[str | None, float] = {}

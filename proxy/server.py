@@ -149,8 +149,8 @@ class _BodyOfUpgrade:
         self._connection.on_message_complete()
 
 
-class ClientConnection(asyncio.Protocol):
-    """One client's connection."""
+class ClientConnection:
+    """One client's connection: an asyncio.Protocol in all but its base, so that it can be compiled."""
 
     __slots__ = (
         "_bad_rest",
@@ -326,6 +326,9 @@ class ClientConnection(asyncio.Protocol):
         if left == len(data):
             request.is_whole = True
             request.received_all()
+
+    def eof_received(self) -> None:
+        """The client sends no more, and so it has left: the transport closes."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left; every request that it still waits for is told."""

@@ -33,7 +33,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic_ns
-from typing import Any
+from typing import Any, cast
 from urllib.parse import SplitResult, unquote_to_bytes, urlsplit
 
 from wire.http1 import BadResponse, Headers, HeadMemory, Response, ResponseParser, encode_lines
@@ -159,12 +159,16 @@ def _refuse_password() -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
-        return error.reason.replace("_", " ").lower() if error.reason else "not PEM"
+        reason: str | None = getattr(error, "reason", None)  # typeshed says that there always is one
+        return reason.replace("_", " ").lower() if reason else "not PEM"
     return getattr(error, "strerror", None) or str(error)
 
 
-class _Connection(asyncio.Protocol):
-    """One connection. At most one exchange at a time uses it."""
+class _Connection:
+    """One connection. At most one exchange at a time uses it.
+
+    An asyncio.Protocol in all but its base: a class with one that is not compiled would not be compiled either.
+    """
 
     __slots__ = ("_drained", "client", "error", "exchange", "idle_since_ns", "is_closed", "is_ended", "parser",
                  "transport")  # fmt: skip
@@ -549,13 +553,14 @@ class HttpClient:
         url = self.url
         loop = asyncio.get_running_loop()
         connection = _Connection(self)
+        protocol = cast("asyncio.Protocol", connection)
         if url.socket_path is not None:
-            await loop.create_unix_connection(lambda: connection, os.fsdecode(url.socket_path))
+            await loop.create_unix_connection(lambda: protocol, os.fsdecode(url.socket_path))
             return connection
         sock = await _connected(await loop.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM))
         try:
             await loop.create_connection(
-                lambda: connection, sock=sock, ssl=self._tls, server_hostname=url.host if self._tls else None
+                lambda: protocol, sock=sock, ssl=self._tls, server_hostname=url.host if self._tls else None
             )
         except BaseException:
             sock.close()

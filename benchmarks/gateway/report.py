@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.gateway.install import PACKAGES
+from benchmarks.gateway.install import PACKAGES, interpreter
 from benchmarks.gateway.measure import CHUNKS, DIRECT, LatencySample, MemorySample, RateSample, StreamsSample
 from benchmarks.gateway.processes import Cores
 
@@ -211,7 +211,8 @@ def machine() -> str:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     cores = len(os.sched_getaffinity(0))
     return (
-        f"{today}; {model}, {cores} cores, Linux {platform.release()}, Python {platform.python_version()}; {versions}"
+        f"{today}; {model}, {cores} cores, Linux {platform.release()}, Python {interpreter()[1]}, burstgate compiled;"
+        f" {versions}"
     )
 
 

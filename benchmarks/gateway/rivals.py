@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.gateway.install import ROOT, environment, program
+from benchmarks.gateway.install import environment, installed_burstgate, program
 from benchmarks.gateway.processes import free_ports
 
 
@@ -36,7 +36,7 @@ class Command:
 
 def _burstgate(site: Site, *more: str, env: dict[str, str] | None = None) -> Command:
     argv = (
-        str(ROOT / ".venv" / "bin" / "burstgate"), "serve",
+        str(installed_burstgate() / "burstgate"), "serve",
         "--upstream", f"http://127.0.0.1:{site.upstream_port}",
         "--port", str(site.port), "--control-port", "0", "--data-dir", str(site.folder / "data"),
     )  # fmt: skip
@@ -44,7 +44,7 @@ def _burstgate(site: Site, *more: str, env: dict[str, str] | None = None) -> Com
 
 
 def burstgate(site: Site) -> Command:
-    """As installed: no configuration, SQLite."""
+    """As released: no configuration, SQLite."""
     return _burstgate(site)
 
 

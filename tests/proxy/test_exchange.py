@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from proxy.exchange import Estimates, uuid7
 from proxy.settings import JournalSettings, LimitSettings, SessionSettings, Settings, TimeoutSettings
+from tests.compiled import needs_source
 from tests.proxy.harness import (
     CHAT,
     DONE,
@@ -925,6 +926,7 @@ async def test_journal_without_room_lets_requests_go_on(tmp_path: Path) -> None:
     assert client.body == chat_answer()
 
 
+@needs_source
 @pytest.mark.parametrize(
     ("account", "method", "body", "script", "whole"),
     [

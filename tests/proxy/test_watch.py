@@ -9,6 +9,7 @@ import pytest
 from proxy import watch as watch_module
 from proxy.settings import TimeoutSettings
 from proxy.watch import Timers, Watch
+from tests.compiled import needs_source
 from tests.proxy.harness import in_loop, until
 
 
@@ -80,6 +81,7 @@ async def test_a_defect_in_one_request_is_not_the_end_of_the_watch(caplog: pytes
     assert "timers could not be checked" in caplog.text
 
 
+@needs_source
 @in_loop
 async def test_only_connections_that_are_not_read_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_module, "SWEEP_S", 0.1)

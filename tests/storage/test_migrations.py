@@ -12,6 +12,7 @@ import migrations
 from storage.engine import current, downgrade, open_engine, upgrade
 from storage.schema import is_partition, metadata, requests
 from storage.sink import SegmentProgress, WriterTotals, open_sink
+from tests.compiled import needs_source
 from traces.record import TraceRecord
 
 RECORDS = [
@@ -74,6 +75,7 @@ def test_every_migration_can_go_down() -> None:
     assert [path.name for path in versions if "def downgrade" not in path.read_text()] == []
 
 
+@needs_source
 def test_migrations_travel_in_the_wheel(tmp_path: Path) -> None:
     from hatchling.builders.wheel import WheelBuilder
 

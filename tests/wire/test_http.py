@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from tests.compiled import needs_source
 from wire.http import (
     NEXT_ADDRESS_S,
     READ_AHEAD_BYTES,
@@ -551,6 +552,7 @@ def test_a_stale_connection_whose_server_has_gone(run: Run) -> None:
     run(main())
 
 
+@needs_source
 def test_an_abort_while_a_stale_connection_is_replaced(run: Run) -> None:
     requests: list[int] = []
 
@@ -607,6 +609,7 @@ def test_a_server_that_takes_a_connection_and_drops_it(run: Run) -> None:
     run(main())
 
 
+@needs_source
 def test_a_connection_lost_between_connecting_and_sending(run: Run) -> None:
     """The server's end has come and is known when the request is about to be written."""
 
@@ -897,6 +900,7 @@ def test_a_stale_connection_is_replaced_without_anybody_waiting(run: Run, size: 
     run(main())
 
 
+@needs_source
 @pytest.mark.parametrize("is_aborted", [False, True])
 def test_a_stale_connection_without_a_server_to_replace_it(run: Run, is_aborted: bool) -> None:
     async def main() -> None:
@@ -1108,6 +1112,7 @@ def test_each_address_of_a_name_is_tried(run: Run) -> None:
     run(main())
 
 
+@needs_source
 def test_no_address_of_a_name_answers(run: Run) -> None:
     async def main() -> None:
         addresses: list[Address] = [
