@@ -37,7 +37,7 @@ from storage.sink import open_sink
 from traces.record import Outcome, TokenSource, TraceRecord
 from wire.accounting import StreamAccount, UnaryAccount
 from wire.openai import ask_for_usage, read_request
-from wire.shapes import Family
+from wire.shapes import CutJson, Family
 
 SECRET = b"k" * 32
 ROWS_PER_S = 5_000
@@ -111,7 +111,8 @@ def measure_session() -> Iterator[tuple[str, float]]:
     for name, body in BODIES.items():
         messages = read_request(body).messages
 
-        def keys(messages: msgspec.Raw = messages) -> bytes:
+        def keys(messages: CutJson | None = messages) -> bytes:
+            assert messages is not None
             found = conversation_keys(messages, SECRET)
             assert found is not None
             return found.after(b"The answer, of some words.")

@@ -424,6 +424,110 @@ def stats(
 
 
 @app.command()
+def fit(
+    trace: Path,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Profile to write, JSON; - is standard output.")],
+    format: Format = None,
+    timezone: Annotated[str, typer.Option(help="IANA name.")] = "UTC",
+    day_zero: DayZero = None,
+) -> None:
+    """Make a workload profile of a trace: rates, burstiness, lengths and sessions, with no name and no id in it."""
+    from traces.codec import read_trace
+    from traces.profile import encode_profile, fit_profile
+
+    _known_format(format)
+    _known_timezone(timezone)
+    clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone)
+    profile = fit_profile(read_trace(trace, format=format, clock=clock))
+    data = encode_profile(profile)
+    if output == Path("-"):
+        sys.stdout.write(data.decode())
+    else:
+        output.write_bytes(data)
+    print(
+        f"{output}: {len(profile.services)} services of {profile.requests:,} requests,"
+        f" {profile.mean_rps:.4g} requests/s on average",
+        file=sys.stderr,
+    )
+
+
+@app.command()
+def generate(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Trace to write.")],
+    profile: Annotated[Path | None, typer.Option(help="Workload profile, as burstgate fit writes it.")] = None,
+    process: Annotated[
+        str | None,
+        typer.Option(
+            help="constant, poisson, gamma, curve or modeled.  [default: the profile's arrivals, with sessions]"
+        ),
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second, on average.")] = None,
+    shape: Annotated[float | None, typer.Option(help="Gamma shape of the gaps: 1 is Poisson, below it bursty.")] = None,
+    curve: Annotated[Path | None, typer.Option(help="CSV with the columns time_s,rps.")] = None,
+    duration: Annotated[float | None, typer.Option(help="Seconds of trace.")] = None,
+    rows: Annotated[int | None, typer.Option(help="At most this many rows.")] = None,
+    seed: Annotated[int, typer.Option(help="The same gives the same trace.")] = 0,
+    start: Annotated[str, typer.Option(help="ISO 8601 or epoch seconds of the trace's beginning.")] = "0",
+    model: Annotated[list[str] | None, typer.Option(help="Name of the next model class; repeatable.")] = None,
+    request_tokens: Annotated[
+        int | None, typer.Option(help="Without a profile.  [default: 512; modeled: Zipf]")
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(help="Without a profile.  [default: 128; modeled: Zipf]")
+    ] = None,
+    format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMATS)}.")] = "burstgpt",
+) -> None:
+    """Write a trace from a workload profile or an arrival process."""
+    from replay.arrivals import PAPER_THETA, ArrivalOptions, open_process
+    from traces.codec import open_writer
+    from traces.generation import fixed_lengths, plain_profile, zipf_lengths
+    from traces.generation import generate as generated
+    from traces.profile import decode_profile
+
+    _known_format(format)
+    if profile is None and process in (None, "trace"):
+        raise ConfigError("generate: name a --profile, a --process (constant, poisson, gamma, curve, modeled), or both")
+    if duration is None and rows is None:
+        raise ConfigError("generate: name a --duration, --rows, or both, so that the trace ends")
+    if profile is not None and (request_tokens, response_tokens) != (None, None):
+        raise ConfigError("--request-tokens: lengths are the profile's where one is given")
+    start_s = _stamp(start, None, "--start") or 0.0
+    fitted = None if profile is None else decode_profile(profile.read_bytes())
+    try:
+        literal: Any = process or "trace"
+        options = ArrivalOptions(literal, rate, shape, curve, fitted)
+        if fitted is not None:
+            workload = fitted
+        elif process == "modeled" and request_tokens is None and response_tokens is None:
+            workload = plain_profile(zipf_lengths(PAPER_THETA, 4096))
+        else:
+            workload = plain_profile(
+                fixed_lengths(
+                    512 if request_tokens is None else request_tokens,
+                    128 if response_tokens is None else response_tokens,
+                )
+            )
+        batches = generated(
+            workload, seed=seed, duration_s=duration, rows=rows, start_s=start_s, rate_rps=rate,
+            process=open_process(options, start_s=start_s), models=model or (),
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    part = output.with_name(f".{output.name}.part")
+    try:
+        with part.open("wb") as stream:
+            writer = open_writer(stream, format=format)
+            for batch in batches:
+                writer.write(batch)
+            report = writer.close()
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+    dropped = "".join(f", {n:,} dropped: {reason}" for reason, n in report.dropped.items())
+    print(f"{output}: {report.rows_written:,} of {report.rows_in:,} rows as {format}{dropped}", file=sys.stderr)
+
+
+@app.command()
 def replay(
     trace: Path,
     target: Annotated[str, typer.Option(help="Base URL to send to.")],
@@ -471,7 +575,7 @@ def replay(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def simulate(context: typer.Context) -> None:
-    """Run a vLLM-like server on a simulated GPU; `burstgate simulate --help` lists its flags."""
+    """Run a vLLM-like server on a simulated GPU, or a trace through one (--trace); `--help` lists the flags."""
     from replay.simulator.__main__ import main as simulator
 
     raise typer.Exit(simulator(context.args))

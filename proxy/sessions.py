@@ -29,12 +29,15 @@ from typing import Protocol
 
 import msgspec
 
-from wire.openai import LONG_TEXT_BYTES, cut_texts
+from wire.openai import LONG_TEXT_BYTES
+from wire.shapes import CutJson
 
 _ENTRY = struct.Struct("<16s16sI4x")
 _WAYS = 8
 _BUCKET_BYTES = _ENTRY.size * _WAYS
 _HEADER_BYTES = 64
+_END_BYTES = 512
+"""Of a text that is not looked into, how much of each end tells conversations apart."""
 _ROLES = {role: role.encode() + b"\0" for role in ("system", "developer", "user", "assistant", "tool")}
 
 
@@ -95,8 +98,7 @@ def _shortened(text: bytes) -> bytes:
 
 
 def _ends(data: bytes, start: int, end: int) -> bytes:
-    half = LONG_TEXT_BYTES // 2
-    return b"%d\0%b%b" % (end - start, data[start : start + half], data[end - half : end])
+    return b"%d\0%b%b" % (end - start, data[start : start + _END_BYTES], data[end - _END_BYTES : end])
 
 
 def _decoded(inside: bytes) -> bytes:
@@ -108,11 +110,11 @@ def _decoded(inside: bytes) -> bytes:
 class _Texts:
     """The texts of messages, some of which were cut out of them."""
 
-    __slots__ = ("_messages", "_spans")
+    __slots__ = ("_spans", "_whole")
 
-    def __init__(self, messages: bytes, spans: list[tuple[int, int]]) -> None:
-        self._messages = messages
+    def __init__(self, spans: list[tuple[int, int]], whole: bytes) -> None:
         self._spans = spans
+        self._whole = whole
 
     def of(self, content: bytes, *, is_answer: bool) -> bytes:
         """What stands for a message's content, text or list of parts.
@@ -138,25 +140,24 @@ class _Texts:
         cut = _CUT.fullmatch(string) if self._spans else None
         data, start, end = string, 1, len(string) - 1
         if cut is not None:
-            data, (start, end) = self._messages, self._spans[int(cut[1])]
+            data, (start, end) = self._whole, self._spans[int(cut[1])]
         if is_answer or end - start <= LONG_TEXT_BYTES:
             return _decoded(data[start:end])
         return _ends(data, start, end)
 
     def _cut_out(self, cut: re.Match[bytes]) -> bytes:
         start, end = self._spans[int(cut[1])]
-        return b'"%b"' % self._messages[start:end]
+        return b'"%b"' % self._whole[start:end]
 
 
-def conversation_keys(messages: msgspec.Raw, secret: bytes) -> ConversationKeys | None:
+def conversation_keys(messages: CutJson, secret: bytes) -> ConversationKeys | None:
     """Hash a chat request's messages; None when they are not a list of messages."""
-    whole = bytes(messages)
-    cut, spans = cut_texts(whole)
-    texts = _Texts(whole, spans)
+    spans = messages.spans
+    texts = _Texts(spans, messages.whole)
     hashed: list[bytes] = []
     known = 0
     try:
-        for message in _messages_decoder.decode(cut):
+        for message in _messages_decoder.decode(messages.cut):
             role = message.role
             text = bytes(message.content)
             # A byte is looked for at a third of the cost of a string of one.

@@ -28,7 +28,7 @@ from storage.counters import read_counters
 from storage.entries import Begun, Header, crash_record
 from storage.frame import HEAD_BYTES, MAX_PAYLOAD_BYTES, decode_frames, find_frame
 from storage.journal import DROP_REASONS, RETIRED, SEGMENT_SUFFIX, is_writer_alive, list_directory, writer_directories
-from storage.sink import SegmentProgress, Sink, SinkUnavailable, WriterTotals
+from storage.sink import SegmentProgress, Sink, SinkUnavailable, WriterTotals, in_turns
 from traces.record import TraceRecord
 
 log = logging.getLogger("burstgate.recorder")
@@ -180,7 +180,7 @@ class SegmentReader:
         ended: list[TraceRecord] = []
         decode = _record_decoder.decode
         try:
-            for payload in payloads:
+            for payload in in_turns(payloads):
                 if payload.startswith(b"E"):
                     ended.append(decode(payload[1:]))
                 elif payload.startswith(_BEGUN_HEAD):

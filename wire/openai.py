@@ -15,6 +15,7 @@ import msgspec
 
 from wire.shapes import (
     NO_FACTS,
+    CutJson,
     Family,
     Payload,
     RequestBody,
@@ -128,11 +129,7 @@ def read_request(body: bytes) -> RequestFacts:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return _read_all(body)
         if not any(_MARK in bytes(raw) for raw in _session_fields(fields) if raw):
-            if fields.messages:
-                start = cut.find(fields.messages)
-                end = start + len(memoryview(fields.messages))
-                fields.messages = msgspec.Raw(body[_uncut(start, spans) : _uncut(end, spans)])
-            return _facts_of(fields)
+            return _facts_of(fields, spans, body)
     return _read_all(body)
 
 
@@ -146,10 +143,10 @@ def _read_all(body: bytes) -> RequestFacts:
         fields = lenient
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return NO_FACTS
-    return _facts_of(fields)
+    return _facts_of(fields, [], body)
 
 
-def _facts_of(fields: RequestBody) -> RequestFacts:
+def _facts_of(fields: RequestBody, spans: list[tuple[int, int]], body: bytes) -> RequestFacts:
     options = fields.stream_options
     is_stream = fields.stream is True
     has_session = any(_session_fields(fields))
@@ -162,7 +159,7 @@ def _facts_of(fields: RequestBody) -> RequestFacts:
         choices=fields.n if fields.n is not None else 1,
         session_id=_session_of(fields) if has_session else None,
         previous_response_id=_text(_value_of(fields.previous_response_id)) if has_session else None,
-        messages=fields.messages,
+        messages=CutJson(bytes(fields.messages), spans, body) if fields.messages else None,
         is_json=True,
     )
 

@@ -30,6 +30,15 @@ class Family(enum.Enum):
     OTHER = "other"
 
 
+class CutJson(msgspec.Struct, frozen=True, gc=False):
+    """A part of a JSON text without the insides of its long strings, as `wire.openai.cut_texts` leaves it."""
+
+    cut: bytes
+    spans: list[tuple[int, int]]
+    """Where in `whole` the insides are; empty where nothing was taken out."""
+    whole: bytes
+
+
 class RequestFacts(msgspec.Struct, frozen=True, gc=False):
     """What a request body says; None where it says nothing readable."""
 
@@ -45,8 +54,8 @@ class RequestFacts(msgspec.Struct, frozen=True, gc=False):
     session_id: str | None = None
     """From the body's own session fields, in design order."""
     previous_response_id: str | None = None
-    messages: msgspec.Raw = _ABSENT
-    """The raw `messages` array of a chat or Anthropic request; empty when there is none."""
+    messages: CutJson | None = None
+    """The raw `messages` array of a chat or Anthropic request."""
     is_json: bool = False
 
 
