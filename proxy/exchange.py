@@ -15,18 +15,20 @@ import functools
 import logging
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
+from proxy.answer_head import AnswerHead
 from proxy.errors import GatewayError, error_body
+from proxy.estimates import Estimates
 from proxy.prefix import prefix_blocks, prompt_of
 from proxy.request_head import LOG_TYPES, RequestHead, clean, countable
 from proxy.server import ClientConnection, Incoming
 from proxy.sessions import ConversationKeys, SessionTable, conversation_keys, response_key
 from proxy.settings import Settings
 from proxy.telemetry import WorkerMetrics
+from proxy.upload import Upload
 from proxy.upstream import Fleet, Selection, Upstream
 from proxy.watch import Timers, Watch
 from storage.entries import Begun
@@ -35,7 +37,7 @@ from traces.record import LogType, Outcome, TokenSource, TraceRecord
 from wire import latency
 from wire.accounting import Account, Accounted, NoAccount, StreamAccount, UnaryAccount
 from wire.http import ConnectFailed, ConnectTimedOut, Exchange
-from wire.http1 import BadResponse, Headers, KnownHead, encode_lines
+from wire.http1 import BadResponse, Headers
 from wire.openai import USAGE_ON_REQUEST, ask_for_usage, family_of, read_form, read_request, with_model
 from wire.shapes import NO_FACTS, Family, RequestFacts
 
@@ -45,13 +47,6 @@ Journal = JournalWriter | NotRecording | Unrecorded
 
 STREAM_BODY_BYTES = 1024 * 1024
 """A body that is not JSON is sent on as it comes beyond this; JSON is read whole (up to `limits.body`)."""
-UPLOAD_AHEAD_BYTES = 256 * 1024
-"""Of such a body, what may wait for the upstream before the client is held back."""
-# RFC 9110, section 7.6.1.
-_RESPONSE_HOP_BY_HOP = frozenset({
-    b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade",
-    b"x-request-id",
-})  # fmt: skip
 _WITH_LENGTH = frozenset({b"POST", b"PUT", b"PATCH"})
 """Methods whose empty body has a Content-Length (RFC 9110, section 8.6)."""
 _SSE_COMMENT = b": keep-alive\n\n"
@@ -158,91 +153,6 @@ class Gateway:
             connection.transport.abort()
 
 
-class AnswerHead:
-    """What an answer's headers say: those for the client, and what the gateway itself needs.
-
-    headers: as sent, without Content-Length. place: before which of them that stood; `lines` are those for the client
-    before it, `more_lines` those behind. locate: gives a Location its form for the client.
-    """
-
-    __slots__ = ("has_location", "headers", "is_encoded", "is_event_stream", "is_json", "known", "lines", "more_lines",
-                 "place")  # fmt: skip
-
-    def __init__(self, headers: Headers, place: int, locate: Callable[[bytes], bytes]) -> None:
-        self.headers = headers
-        self.place = place
-        self.known: KnownHead | None = None
-        """The client's name for this head."""
-        self.has_location = False
-        content_type = b""
-        self.is_encoded = False
-        before: Headers = []
-        behind: Headers = []
-        named: set[bytes] = set()
-        for index, (name, value) in enumerate(headers):
-            lower = name.lower()
-            if lower in _RESPONSE_HOP_BY_HOP:
-                if lower == b"connection":
-                    named.update(token.strip().lower() for token in value.split(b","))
-                continue
-            if lower == b"content-type":
-                content_type = value.lower()
-            elif lower == b"content-encoding":
-                self.is_encoded = value.lower() not in (b"", b"identity")
-            elif lower == b"location":
-                value = locate(value)
-                self.has_location = True
-            (before if index < place else behind).append((name, value))
-        self.is_event_stream = content_type.startswith(b"text/event-stream")
-        self.is_json = b"json" in content_type
-        self.lines = encode_lines([header for header in before if header[0].lower() not in named])
-        self.more_lines = encode_lines([header for header in behind if header[0].lower() not in named])
-
-
-class _Upload:
-    """A body on its way through: what the client has sent and the upstream has not taken yet."""
-
-    __slots__ = ("_connection", "_parts", "_waiter", "is_whole", "size")
-
-    def __init__(self, connection: ClientConnection, parts: list[bytes]) -> None:
-        self._connection = connection
-        self._parts = deque(parts)
-        self._waiter: asyncio.Future[None] | None = None
-        self.size = sum(map(len, parts))
-        self.is_whole = False
-
-    def push(self, data: bytes) -> None:
-        """A piece."""
-        self._parts.append(data)
-        self.size += len(data)
-        if self.size > UPLOAD_AHEAD_BYTES:
-            self._connection.hold()
-        self._wake()
-
-    def end(self) -> None:
-        """There will be no more."""
-        self.is_whole = True
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def __aiter__(self) -> _Upload:
-        return self
-
-    async def __anext__(self) -> bytes:
-        while not self._parts:
-            if self.is_whole:
-                raise StopAsyncIteration
-            self._connection.release()
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        part = self._parts.popleft()
-        self.size -= len(part)
-        return part
-
-
 class Request(Incoming):
     """The state of one request."""
 
@@ -294,7 +204,7 @@ class Request(Incoming):
         self._parts: list[bytes] = []
         self._size = 0
         self._body = b""
-        self._upload: _Upload | None = None
+        self._upload: Upload | None = None
         self._task: asyncio.Task[None] | None = None
         """Makes a connection, or sends the upload; None else."""
         self._ready_ns = 0
@@ -445,7 +355,7 @@ class Request(Incoming):
     def _begin_upload(self) -> None:
         try:
             self.facts = read_form(b"".join(self._parts))
-            self._upload = _Upload(self.connection, self._parts)
+            self._upload = Upload(self.connection, self._parts)
             self._parts = []
             self._admit(b"")
             self._forward()
@@ -572,7 +482,7 @@ class Request(Incoming):
                 return
             self._task = self.gateway.spawn(self._connect(upstream, lines, body))
         else:
-            self._task = self.gateway.spawn(self._send_upload(upstream, upload or _Upload(self.connection, [body])))
+            self._task = self.gateway.spawn(self._send_upload(upstream, upload or Upload(self.connection, [body])))
 
     async def _connect(self, upstream: Upstream, lines: bytes, body: bytes) -> None:
         """As `_forward`, where a connection must be made first."""
@@ -585,7 +495,7 @@ class Request(Incoming):
         else:
             self._sent(exchange)
 
-    async def _send_upload(self, upstream: Upstream, upload: _Upload) -> None:
+    async def _send_upload(self, upstream: Upstream, upload: Upload) -> None:
         """Send a body that is still arriving, or one with trailers."""
         if self._upload is None:
             upload.end()
@@ -978,26 +888,3 @@ class Request(Incoming):
 
 
 _NO_ACCOUNT = NoAccount()
-
-
-class Estimates:
-    """How many tokens a request body has, learned from those whose usage came back.
-
-    Used only where an answer began and no usage arrived. Before anything is learned, 4 bytes count as a token.
-    """
-
-    MAX_MODELS: ClassVar[int] = 256
-
-    def __init__(self) -> None:
-        self._tokens_per_byte: dict[str | None, float] = {}
-
-    def learn(self, model: str | None, body_bytes: int, request_tokens: int) -> None:
-        """One request whose usage is known."""
-        ratio = request_tokens / body_bytes
-        old = self._tokens_per_byte.get(model)
-        if old is not None or len(self._tokens_per_byte) < self.MAX_MODELS:
-            self._tokens_per_byte[model] = ratio if old is None else 0.9 * old + 0.1 * ratio
-
-    def request_tokens(self, model: str | None, body_bytes: int) -> int | None:
-        """The estimate, at least 1; None for a body that was not read."""
-        return max(1, round(body_bytes * self._tokens_per_byte.get(model, 0.25))) if body_bytes else None

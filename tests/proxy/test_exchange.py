@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.exchange import Estimates, uuid7
+from proxy.estimates import Estimates
+from proxy.exchange import uuid7
 from proxy.settings import JournalSettings, LimitSettings, SessionSettings, Settings, TimeoutSettings
 from tests.compiled import needs_source
 from tests.proxy.harness import (
