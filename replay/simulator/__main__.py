@@ -1,38 +1,92 @@
-"""`python -m replay.simulator`: runs the simulated vLLM server. Every flag is a field of SimulatorConfig."""
+"""`python -m replay.simulator`: the simulated vLLM, live over HTTP or, with --trace, on a virtual clock.
+
+Every flag of the simulated machine is a field of SimulatorConfig; a preset and a fit are other defaults for some of
+them, and a flag that is given wins. A trace is run to its end as fast as the host can: the report goes to standard
+output.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from dataclasses import fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from replay.simulator.server import SimulatorConfig, serve
+from replay.simulator.config import SimulatorConfig
+
+if TYPE_CHECKING:
+    from replay.simulator.virtual import VirtualOptions
 
 _TYPES: dict[str, type[int] | type[float]] = {"int": int, "float": float}
+_ALIASES = {"max_batched_tokens": "--max-num-batched-tokens"}
+"""Other spellings of a flag, by vLLM's own names."""
 
 
 def _parser() -> argparse.ArgumentParser:
+    from replay.simulator.costs import PRESETS, ROW_FIELDS
+
     parser = argparse.ArgumentParser(
-        prog="python -m replay.simulator",
-        description="A vLLM-like OpenAI server on a simulated GPU: any model name, no weights, no GPU.",
+        prog="burstgate simulate",
+        description="A vLLM-like OpenAI server on a simulated GPU: any model name, no weights, no GPU. With --trace, a"
+        " trace is run through it on a virtual clock instead.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on, 0 for a free one (default: 8000)")
     parser.add_argument(
         "--fast", action="store_true", help="steps take no time and nothing waits; the other flags still apply"
     )
+    parser.add_argument(
+        "--preset", choices=sorted(PRESETS), help="costs and memory that roughly imitate a GPU and the size of a model"
+    )
+    parser.add_argument(
+        "--fit", type=Path, metavar="CSV", help=f"costs fitted to measured steps; columns {','.join(ROW_FIELDS)}"
+    )
+    machine = parser.add_argument_group("the simulated machine")
     for entry in fields(SimulatorConfig):
         default, unit, text = entry.default, entry.metadata["unit"], entry.metadata["help"]
-        flag, name = f"--{entry.name.replace('_', '-')}", str(entry.type)
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"{text} (default: {_shown(default, unit)})"}
+        flags = [f"--{entry.name.replace('_', '-')}", *filter(None, [_ALIASES.get(entry.name)])]
+        name = str(entry.type)
+        options: dict[str, Any] = {
+            "dest": entry.name,
+            "default": argparse.SUPPRESS,
+            "help": f"{text} (default: {_shown(default, unit)})",
+        }
         if name == "bool":
-            parser.add_argument(flag, action="store_true", **options)
+            machine.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
         elif name in _TYPES:
-            parser.add_argument(flag, type=_TYPES[name], metavar=unit.upper() or "N", **options)
+            machine.add_argument(*flags, type=_TYPES[name], metavar=unit.upper() or "N", **options)
         else:
-            parser.add_argument(flag, nargs="+", metavar="NAME", **options)
+            machine.add_argument(*flags, nargs="+", metavar="NAME", **options)
+    trace = parser.add_argument_group("a trace on a virtual clock")
+    for flag, arguments in _TRACE_FLAGS.items():
+        trace.add_argument(flag, **arguments)
     return parser
+
+
+_TRACE_FLAGS: dict[str, dict[str, Any]] = {
+    "--trace": {"type": Path, "metavar": "FILE", "help": "the trace to run, in any format that burstgate reads"},
+    "--format": {"help": "format of the trace; known by its contents otherwise"},
+    "--speed": {"type": float, "default": 1.0, "metavar": "FACTOR", "help": "divides the trace's time"},
+    "--limit": {"type": int, "metavar": "ROWS", "help": "at most this many rows"},
+    "--start": {"type": float, "default": 0.0, "metavar": "S", "help": "skip this many seconds of trace time"},
+    "--duration": {"type": float, "metavar": "S", "help": "seconds of trace time to take"},
+    "--ties": {
+        "choices": ("spread", "keep"),
+        "default": "spread",
+        "help": "spread equal whole-second stamps inside their second, or keep them",
+    },
+    "--timeout": {"type": float, "metavar": "S", "help": "a client leaves after this long"},
+    "--hash-block-tokens": {
+        "type": int,
+        "default": 512,
+        "metavar": "TOKENS",
+        "help": "prompt tokens that one of the trace's prefix blocks stands for",
+    },
+    "--output": {"type": Path, "metavar": "FILE", "help": "write one JSON line a request"},
+    "--json": {"action": "store_true", "help": "print the report as JSON"},
+}
 
 
 def _shown(default: Any, unit: str) -> str:
@@ -43,19 +97,87 @@ def _shown(default: Any, unit: str) -> str:
     return f"{default} {unit}".rstrip()
 
 
+def _config(given: dict[str, Any]) -> SimulatorConfig:
+    """The simulated machine. Raises ValueError or OSError naming the flag's field or the file."""
+    from replay.simulator.costs import PRESETS, fit_costs, read_step_rows
+
+    own = {entry.name: given[entry.name] for entry in fields(SimulatorConfig) if entry.name in given}
+    if "models" in own:
+        own["models"] = tuple(own["models"])
+    settings: dict[str, Any] = dict(PRESETS[given["preset"]]) if given["preset"] is not None else {}
+    if given["fit"] is not None:
+        settings |= fit_costs(read_step_rows(given["fit"])).settings()
+    settings |= own
+    return SimulatorConfig.fast(**settings) if given["fast"] else SimulatorConfig(**settings)
+
+
+def _trace_options(config: SimulatorConfig, given: dict[str, Any]) -> VirtualOptions:
+    """How the trace is run. Raises ValueError naming the option."""
+    from replay.schedule import PlanOptions
+    from replay.simulator.virtual import VirtualOptions
+    from traces.codec import FORMATS
+
+    if given["format"] is not None and given["format"] not in FORMATS:
+        raise ValueError(f"--format: expected one of {', '.join(FORMATS)}, got {given['format']!r}")
+    return VirtualOptions(
+        PlanOptions(
+            speed=given["speed"],
+            start_s=given["start"],
+            duration_s=given["duration"],
+            limit=given["limit"],
+            ties=given["ties"],
+            seed=config.seed,
+        ),
+        given["timeout"],
+        given["hash_block_tokens"],
+    )
+
+
+def _run_trace(config: SimulatorConfig, options: VirtualOptions, given: dict[str, Any]) -> None:
+    from replay.simulator.report import as_json, as_text
+    from replay.simulator.virtual import RequestsFile, simulate
+    from traces.codec import read_trace
+
+    began_s = time.monotonic()
+    batches = read_trace(given["trace"], format=given["format"])
+    if given["output"] is None:
+        summary = simulate(batches, config, options)
+    else:
+        with RequestsFile(given["output"]) as output:
+            summary = simulate(batches, config, options, output.write)
+    print(as_json(summary) if given["json"] else as_text(summary, config, time.monotonic() - began_s))
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the server; the process's exit status: 2 for a wrong flag, value or address."""
+    """Runs it; the process's exit status: 2 for a wrong flag, value or address, 1 for a trace that can not be run."""
     given = vars(_parser().parse_args(arguments))
-    host, port, fast = given.pop("host"), given.pop("port"), given.pop("fast")
-    if "models" in given:
-        given["models"] = tuple(given["models"])
+    status = 2
     try:
-        config = SimulatorConfig.fast(**given) if fast else SimulatorConfig(**given)
-        serve(config, host, port, announce=lambda line: print(line, flush=True))
-    except (OSError, ValueError) as error:
+        config = _config(given)
+        if given["trace"] is not None:
+            options = _trace_options(config, given)
+            status = 1
+            _run_trace(config, options, given)
+            return 0
+        _refuse_trace_flags(given)
+        from replay.simulator.server import serve
+
+        serve(config, given["host"], given["port"], announce=lambda line: print(line, flush=True))
+    except OSError as error:
+        print(error if error.filename is None else f"{error.filename}: {error.strerror}", file=sys.stderr)
+        return status
+    except ValueError as error:
         print(error, file=sys.stderr)
-        return 2
+        return status
+    except KeyboardInterrupt:
+        return 130
     return 0
+
+
+def _refuse_trace_flags(given: dict[str, Any]) -> None:
+    for flag, arguments in _TRACE_FLAGS.items():
+        if given[flag[2:].replace("-", "_")] not in (None, False, arguments.get("default")):
+            raise ValueError(f"{flag}: it needs --trace")
 
 
 if __name__ == "__main__":

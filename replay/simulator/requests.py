@@ -10,14 +10,23 @@ from __future__ import annotations
 import io
 import json
 import wave
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from replay.simulator.config import SimulatorConfig
-from replay.simulator.text import WordStream, count_chat_tokens, count_tokens, draw_key, word_stream
+from replay.simulator.text import (
+    WordStream,
+    block_hashes,
+    chat_pieces,
+    count_chat_tokens,
+    count_tokens,
+    draw_key,
+    split_pieces,
+    word_stream,
+)
 
 Body = dict[str, Any]
 
@@ -73,6 +82,8 @@ class Answer:
     tool_argument: str = ""
     echo: str = ""
     """What precedes the answer in its text: the prompt, when a completion is asked to echo it."""
+    prompt_blocks: tuple[int, ...] = ()
+    """Hashes of the prompt's full KV-cache blocks, where prefixes are cached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +189,14 @@ def parse_chat(body: Body, config: SimulatorConfig) -> Generation:
         body.get("include_reasoning") is True or (thinking and body.get("include_reasoning") is not False)
     )
     limit_name = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
+    generation_prompt = _bool(body, "add_generation_prompt", True)
     return Generation(
         model=_model(body, config),
         answers=_answers(
             body,
             config,
-            prompts=(count_chat_tokens(texts, generation_prompt=_bool(body, "add_generation_prompt", True)),),
+            prompts=(count_chat_tokens(texts, generation_prompt=generation_prompt),),
+            pieces=lambda at: chat_pieces(texts, generation_prompt=generation_prompt),
             limit=_int(body, limit_name),
             limit_name=limit_name,
             reasoning=reasoning,
@@ -219,6 +232,7 @@ def parse_completion(body: Body, config: SimulatorConfig) -> Generation:
             body,
             config,
             prompts=counts,
+            pieces=lambda at: _pieces(prompts[at]),
             limit=limit or None if echo else limit,
             limit_name="max_tokens",
             echoes=tuple(entry if isinstance(entry, str) else "" for entry in prompts) if echo else (),
@@ -250,7 +264,13 @@ def parse_responses(body: Body, config: SimulatorConfig) -> Generation:
     return Generation(
         model=_model(body, config),
         answers=_answers(
-            body, config, prompts=(count_chat_tokens(texts),), limit=limit, limit_name="max_output_tokens", single=True
+            body,
+            config,
+            prompts=(count_chat_tokens(texts),),
+            pieces=lambda at: chat_pieces(texts),
+            limit=limit,
+            limit_name="max_output_tokens",
+            single=True,
         ),
         streamed=_bool(body, "stream", False),
         max_tokens=limit,
@@ -263,12 +283,14 @@ def parse_messages(body: Body, config: SimulatorConfig) -> Generation:
     _required(body, "model")
     texts = _message_texts(body)
     _required(body, "max_tokens")
+    texts = _system_texts(body) + texts
     return Generation(
         model=_model(body, config),
         answers=_answers(
             body,
             config,
-            prompts=(count_chat_tokens(_system_texts(body) + texts),),
+            prompts=(count_chat_tokens(texts),),
+            pieces=lambda at: chat_pieces(texts),
             limit=_int(body, "max_tokens"),
             limit_name="max_completion_tokens",
             single=True,
@@ -408,10 +430,14 @@ def _answers(
     limit_name: str,
     reasoning: bool = False,
     tool: ToolChoice | None = None,
+    pieces: Callable[[int], Sequence[str]] | None = None,
     echoes: tuple[str, ...] = (),
     single: bool = False,
 ) -> tuple[Answer, ...]:
-    """The answers to generate, n for each prompt, or the first of vLLM's objections to the sampling parameters."""
+    """The answers to generate, n for each prompt, or the first of vLLM's objections to the sampling parameters.
+
+    pieces: the tokens of a prompt, by its place; asked for when prefixes are cached.
+    """
     count = 1 if single else (1 if body.get("n") is None else _int(body, "n") or 0)
     if count < 1:
         raise ApiError(f"n must be at least 1, got {count}.")
@@ -446,6 +472,9 @@ def _answers(
             raise _parameter(f"max_tokens must be at least 1, got {most}.", "max_tokens", most)
         if min_tokens > most:
             raise ApiError(f"min_tokens must be less than or equal to max_tokens={most}, got {min_tokens}.")
+        blocks: tuple[int, ...] = ()
+        if config.enable_prefix_caching and pieces is not None:
+            blocks = block_hashes(pieces(at), config.block_size)
         for index in range(count):
             stream = word_stream(key, at * count + index)
             least = max(min_tokens, _LEAST_CALL_TOKENS if tool else 1)
@@ -463,9 +492,14 @@ def _answers(
                     tool=tool.function if tool else None,
                     tool_argument=tool.argument if tool else "",
                     echo=echoes[at] if echoes else "",
+                    prompt_blocks=blocks,
                 )
             )
     return tuple(answers)
+
+
+def _pieces(prompt: str | list[int]) -> Sequence[str]:
+    return split_pieces(prompt) if isinstance(prompt, str) else [str(token) for token in prompt]
 
 
 def _pooling(

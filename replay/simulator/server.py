@@ -59,10 +59,14 @@ class _Exchange:
     """One request's share of the batch: which sequences are its own, and the tokens that it has not sent yet."""
 
     __slots__ = (
+        "admitted_s",
         "arrived_s",
+        "cached",
         "ended",
+        "first_s",
         "generation",
         "gone",
+        "last_s",
         "left",
         "prompts",
         "sequences",
@@ -81,6 +85,12 @@ class _Exchange:
         self.sequences: range = range(0)
         self.left = len(prompts)
         self.started = False
+        # Of each sequence, on the loop's clock: its admission and the step ends of its first and its latest token.
+        self.admitted_s = [0.0] * len(prompts)
+        self.first_s = [0.0] * len(prompts)
+        self.last_s = [0.0] * len(prompts)
+        self.cached = [0] * len(prompts)
+        """Prompt tokens of each sequence that were in the prefix cache."""
         self.tokens: list[int] = []
         """The answer of each token produced and not taken; only of a stream."""
         self.gone = False
@@ -101,6 +111,12 @@ class _Exchange:
             self.waiter = asyncio.get_running_loop().create_future()
             await self.waiter
 
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were in the prefix cache; of n answers to a prompt, the first one's count."""
+        answers = len(self.prompts) // self.generation.prompts if self.generation is not None else 1
+        return sum(self.cached[:: max(1, answers)])
+
     async def client_left(self) -> None:
         while not self.gone:
             self.tokens.clear()
@@ -116,16 +132,23 @@ class _Driver:
         self._owners: dict[int, tuple[_Exchange, int]] = {}
         self._next_id = 0
         self._stepping = False
+        self._delivered_s = 0.0
 
     def submit(self, prompts: Sequence[int], outputs: Sequence[int], generation: Generation | None) -> _Exchange:
-        """Puts one sequence a prompt into the queue. All or none: the edge has checked that each fits."""
+        """Puts one sequence a prompt into the queue. All or none: the edge has checked that each fits.
+
+        Raises ApiError when the queue is full.
+        """
+        if self._engine.is_full:
+            raise ApiError("simulator: the queue is full, try again later", type="ServiceUnavailable", status=503)
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         exchange = _Exchange(prompts, generation, now_s)
         exchange.sequences = range(self._next_id, self._next_id + len(prompts))
         self._next_id += len(prompts)
         for index, sequence_id in enumerate(exchange.sequences):
-            self._engine.add(SequenceRequest(sequence_id, prompts[index], outputs[index], now_s))
+            blocks = generation.answers[index].prompt_blocks if generation is not None else ()
+            self._engine.add(SequenceRequest(sequence_id, prompts[index], outputs[index], now_s, blocks))
             self._owners[sequence_id] = (exchange, index)
         self.counters.accepted += 1
         if not self._stepping:
@@ -151,7 +174,13 @@ class _Driver:
     def stats(self) -> Stats:
         """The counters and the state of the batch."""
         engine = self._engine
-        return self.counters.stats(running=engine.running, waiting=engine.waiting, kv_usage=engine.kv_usage)
+        return self.counters.stats(
+            running=engine.running,
+            waiting=engine.waiting,
+            kv_usage=engine.kv_usage,
+            prefix_queries=engine.prefix_queries,
+            prefix_hits=engine.prefix_hits,
+        )
 
     def _begin(self, loop: asyncio.AbstractEventLoop, start_s: float) -> None:
         if self._engine.is_idle:
@@ -160,6 +189,7 @@ class _Driver:
         step = self._engine.step(start_s)
         counters = self.counters
         counters.preempted += len(step.preempted)
+        counters.step_tokens.observe(step.prompt_tokens + step.decode_sequences)
         counters.max_running = max(counters.max_running, self._engine.running + len(step.finished))
         due_s = start_s + step.duration_s
         if due_s <= loop.time():
@@ -170,11 +200,18 @@ class _Driver:
     def _deliver(self, loop: asyncio.AbstractEventLoop, step: Step, due_s: float) -> None:
         now_s = loop.time()
         counters, owners = self.counters, self._owners
+        # Most gaps between tokens are the one between this step and the one before: they are counted together.
+        common_last_s, common, self._delivered_s = self._delivered_s, 0, now_s
         for sequence_id, queued_s in step.admitted:
             owner = owners.get(sequence_id)
             if owner is not None:
                 counters.queue_s.observe(queued_s)
                 counters.prompt_tokens += owner[0].prompts[owner[1]]
+                owner[0].admitted_s[owner[1]] = owner[0].arrived_s + queued_s
+        for sequence_id, cached_tokens in step.cached:
+            owner = owners.get(sequence_id)
+            if owner is not None:
+                owner[0].cached[owner[1]] = cached_tokens
         for sequence_id in step.produced:
             owner = owners.get(sequence_id)
             if owner is None:
@@ -184,21 +221,37 @@ class _Driver:
             if not exchange.started:
                 exchange.started = True
                 counters.ttft_s.observe(now_s - exchange.arrived_s)
+            last_s = exchange.last_s[index]
+            exchange.last_s[index] = now_s
+            if not last_s:
+                exchange.first_s[index] = now_s
+            elif last_s == common_last_s:
+                common += 1
+            else:
+                counters.itl_s.observe(now_s - last_s)
             if exchange.streamed:
                 exchange.tokens.append(index)
                 exchange.wake()
+        if common:
+            counters.itl_s.observe(now_s - common_last_s, common)
         for sequence_id in step.finished:
             owner = owners.pop(sequence_id, None)
             if owner is not None:
-                self._finish(*owner)
+                self._finish(*owner, now_s)
         self._begin(loop, due_s if now_s - due_s < _MAX_LAG_S else now_s)
 
-    def _finish(self, exchange: _Exchange, index: int) -> None:
+    def _finish(self, exchange: _Exchange, index: int, now_s: float) -> None:
         counters = self.counters
         answer = exchange.generation.answers[index] if exchange.generation is not None else None
         counters.reasons["length" if answer is not None and answer.finish_reason == "length" else "stop"] += 1
         counters.request_prompt_tokens.observe(exchange.prompts[index])
         counters.request_generation_tokens.observe(answer.output_tokens if answer is not None else 0)
+        counters.inference_s.observe(now_s - exchange.admitted_s[index])
+        if answer is not None:
+            counters.prefill_s.observe(exchange.first_s[index] - exchange.admitted_s[index])
+            counters.decode_s.observe(now_s - exchange.first_s[index])
+            if answer.output_tokens > 1:
+                counters.tpot_s.observe((now_s - exchange.first_s[index]) / (answer.output_tokens - 1))
         exchange.left -= 1
         if not exchange.left:
             exchange.wake()
@@ -335,11 +388,19 @@ class _Application:
             exchange = self._driver.submit(prompts, [answer.output_tokens for answer in generation.answers], generation)
             if generation.streamed:
                 writer = shapes.stream_writer(family, generation, identity)
-                await self._attend(call, exchange, _send_stream(call, exchange, generation, writer))
+
+                def closing() -> list[bytes]:
+                    self._note_cached(call, exchange, identity)
+                    return writer.closing()
+
+                await self._attend(call, exchange, _send_stream(call, exchange, generation, writer, closing))
             else:
-                await self._attend(
-                    call, exchange, _send_when_done(call, exchange, lambda: shapes.whole(family, generation, identity))
-                )
+
+                def body() -> bytes:
+                    self._note_cached(call, exchange, identity)
+                    return shapes.whole(family, generation, identity)
+
+                await self._attend(call, exchange, _send_when_done(call, exchange, body))
 
         return handle
 
@@ -355,6 +416,11 @@ class _Application:
             await self._attend(call, exchange, _send_when_done(call, exchange, lambda: shape(pooling, identity)))
 
         return handle
+
+    def _note_cached(self, call: _Call, exchange: _Exchange, identity: shapes.Identity) -> None:
+        """Tells the usage what was in the prefix cache, unless a fault says otherwise."""
+        if call.fault.cached is None and self._config.prompt_tokens_details:
+            identity.cached_tokens = exchange.cached_tokens
 
     async def _attend(self, call: _Call, exchange: _Exchange, response: Coroutine[Any, Any, None]) -> None:
         """Sends the response while watching for the client to leave, then ends the exchange."""
@@ -374,7 +440,7 @@ class _Application:
         exchange.wake()
 
     def _metrics(self, call: _Call) -> tuple[bytes, bytes]:
-        body = exposition(self._driver.counters, self._driver.stats(), self._config.models[0])
+        body = exposition(self._driver.counters, self._driver.stats(), self._config)
         return CONTENT_TYPE_LATEST.encode(), body
 
     def _models(self, call: _Call) -> tuple[bytes, bytes]:
@@ -407,7 +473,13 @@ class _Application:
         return requests.parse_transcription(call.body, content_type, self._config)
 
 
-async def _send_stream(call: _Call, exchange: _Exchange, generation: Generation, writer: shapes.StreamWriter) -> None:
+async def _send_stream(
+    call: _Call,
+    exchange: _Exchange,
+    generation: Generation,
+    writer: shapes.StreamWriter,
+    closing: Callable[[], list[bytes]],
+) -> None:
     """Server-sent events as the tokens come."""
     fault, send = call.fault, call.send
     if not await _before_headers(fault, exchange):
@@ -440,7 +512,7 @@ async def _send_stream(call: _Call, exchange: _Exchange, generation: Generation,
                 await out.write([event])
             sent[answer] = ready[answer]
             unfinished -= ends
-    await out.write(writer.closing())
+    await out.write(closing())
     if not exchange.gone:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         exchange.whole = True

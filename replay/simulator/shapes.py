@@ -31,15 +31,15 @@ _encode = msgspec.json.encode
 Fields = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Identity:
-    """What a response says of itself, besides its content."""
+    """What a response says of itself, besides its content. Not frozen: what was cached is known after the preamble."""
 
     id: str
     """Without the route's prefix."""
     created_s: int
     cached_tokens: int | None = None
-    """None when usage has no prompt_tokens_details."""
+    """None when usage has no prompt_tokens_details. It is read when usage is written, at the end."""
 
 
 class StreamWriter(Protocol):

@@ -69,6 +69,25 @@ def split_pieces(text: str) -> list[str]:
     ]
 
 
+def chat_pieces(texts: Iterable[str], *, generation_prompt: bool = True) -> list[str]:
+    """The tokens, as text, of a chat prompt whose messages have these texts."""
+    pieces: list[str] = []
+    for text in texts:
+        pieces += [*_SPECIAL[:3], *split_pieces(text), _SPECIAL[3]]
+    return [*pieces, _SPECIAL[0], _SPECIAL[4]] if generation_prompt else pieces
+
+
+def block_hashes(pieces: Sequence[str], block_size: int) -> tuple[int, ...]:
+    """One number < 2^64 for each full block of tokens; it covers the block and all before it."""
+    hashes = []
+    before = b""
+    for end in range(block_size, len(pieces) + 1, block_size):
+        content = "\0".join(pieces[end - block_size : end]).encode("utf-8", "surrogatepass")
+        before = hashlib.blake2b(content, digest_size=8, key=before).digest()
+        hashes.append(int.from_bytes(before, "little"))
+    return tuple(hashes)
+
+
 class Tokenizer:
     """Text to token ids and back. Remembers the last 65,536 pieces that are not in the vocabulary."""
 

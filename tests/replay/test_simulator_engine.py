@@ -177,3 +177,154 @@ def test_first_tokens_come_in_order_of_arrival(requests: list[tuple[int, int]]) 
         engine.add(SequenceRequest(number, prompt, output))
     firsts = list(dict.fromkeys(sequence for step in run(engine) for sequence in step.produced))
     assert firsts == sorted(firsts)
+
+
+# --- prefix caching -------------------------------------------------------------------------------------------------
+
+SHARED = replace(SMALL, kv_capacity_tokens=128, max_batched_tokens=64, max_model_len=128, enable_prefix_caching=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "cached"),
+    [
+        # Two full blocks of equal prompts: the second is computed from the last token's block on.
+        ((40, (1, 2)), (40, (1, 2)), 32),
+        # The last token is always computed: of a prompt of exactly 2 blocks, 1 is shared.
+        ((32, (1, 2)), (32, (1, 2)), 16),
+        # The prompts part after one block.
+        ((40, (1, 2)), (40, (1, 3)), 16),
+        # The beginning differs, so that nothing after it is the same.
+        ((40, (1, 2)), (40, (3, 2)), 0),
+        # Without hashes nothing is shared.
+        ((40, ()), (40, ()), 0),
+    ],
+)
+@pytest.mark.parametrize("is_over", [False, True], ids=["the first runs", "the first has ended"])
+def test_cached_tokens(
+    first: tuple[int, tuple[int, ...]], second: tuple[int, tuple[int, ...]], cached: int, is_over: bool
+) -> None:
+    engine = Engine(SHARED)
+    engine.add(SequenceRequest(0, first[0], 1 if is_over else 3, block_hashes=first[1]))
+    engine.step(0.0)
+    engine.add(SequenceRequest(1, second[0], 1, block_hashes=second[1]))
+    step = engine.step(1.0)
+    assert step.cached == (((1, cached),) if cached else ())
+    assert step.prompt_tokens == second[0] - cached
+    assert (engine.prefix_queries, engine.prefix_hits) == (first[0] + second[0], cached)
+    run(engine)
+    assert engine.free_blocks == engine.total_blocks
+
+
+def test_a_shared_block_is_held_once() -> None:
+    engine = Engine(SHARED)  # 8 blocks; each of these would need 5 of its own
+    for number in range(2):
+        engine.add(SequenceRequest(number, 79, 2, block_hashes=(1, 2, 3, 4)))
+    engine.step(0.0)
+    step = engine.step(1.0)
+    assert engine.running == 2
+    assert engine.total_blocks - engine.free_blocks == 6
+    assert step.preempted == ()
+
+
+def test_without_prefix_caching_hashes_mean_nothing() -> None:
+    engine = Engine(replace(SHARED, enable_prefix_caching=False))
+    for number in range(2):
+        engine.add(SequenceRequest(number, 40, 1, block_hashes=(1, 2)))
+    assert sum(step.prompt_tokens for step in run(engine)) == 80
+    assert (engine.prefix_queries, engine.prefix_hits) == (0, 0)
+
+
+# --- costs and skipping ---------------------------------------------------------------------------------------------
+
+
+def test_a_step_costs_what_its_context_costs() -> None:
+    config = replace(SMALL, step_per_context_token_s=0.125)
+    engine = Engine(config)
+    engine.add(SequenceRequest(0, 40, 3))
+    steps = run(engine)
+    # 32 tokens on nothing, 8 on 32; then one token each on 40 and 41.
+    assert [(step.prompt_tokens, step.decode_sequences, step.context_tokens) for step in steps] == [
+        (32, 0, 0),
+        (8, 0, 32),
+        (0, 1, 40),
+        (0, 1, 41),
+    ]
+    assert [step.duration_s for step in steps] == pytest.approx([0.532, 0.508 + 4, 0.75 + 5, 0.75 + 5.125])
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> list[SequenceRequest]:
+    at_s = 0.0
+    found = []
+    for number in range(draw(st.integers(1, 14))):
+        at_s += draw(st.sampled_from([0.0, 0.001, 0.03, 0.7]))
+        prompt, family = draw(st.integers(1, 60)), draw(st.integers(0, 2))
+        hashes = tuple(family * 100 + at for at in range(prompt // 4))
+        found.append(SequenceRequest(number, prompt, draw(st.integers(0, 60)), at_s, hashes))
+    return found
+
+
+def play(config: SimulatorConfig, requests: list[SequenceRequest], *, skips: bool) -> tuple[list[Any], Engine]:
+    """Every event with its time."""
+    engine, events = Engine(config), list[Any]()
+    waiting = list(requests)
+    now_s = 0.0
+    while waiting or not engine.is_idle:
+        if engine.is_idle:
+            now_s = max(now_s, waiting[0].arrived_s)
+        while waiting and waiting[0].arrived_s <= now_s:
+            engine.add(waiting.pop(0))
+        until_s = waiting[0].arrived_s if waiting else float("inf")
+        if skips:
+            now_s = engine.skip(now_s, until_s)
+            if now_s >= until_s:
+                continue
+        step = engine.step(now_s)
+        now_s += step.duration_s
+        assert step.prompt_tokens + step.decode_sequences <= config.max_batched_tokens
+        assert len(step.produced) <= config.max_num_seqs
+        assert 0 <= engine.free_blocks <= engine.total_blocks
+        if step.started or step.finished or step.preempted or step.admitted or step.cached:
+            events.append((now_s, step.started, step.finished, step.preempted, step.admitted, step.cached))
+    return events, engine
+
+
+@settings(max_examples=200, deadline=None)
+@given(arrivals(), st.sampled_from([1, 4, 16]), st.integers(1, 5), st.integers(0, 30), st.booleans())
+def test_skipping_is_stepping(
+    requests: list[SequenceRequest], block_size: int, seqs: int, more_blocks: int, cached: bool
+) -> None:
+    config = SimulatorConfig(
+        step_per_context_token_s=1e-6,
+        block_size=block_size,
+        num_gpu_blocks_override=blocks_for(120, block_size) + more_blocks,
+        max_model_len=120,
+        max_num_seqs=seqs,
+        max_batched_tokens=seqs + 20,
+        enable_prefix_caching=cached,
+    )
+    slow, fast = play(config, requests, skips=False), play(config, requests, skips=True)
+    assert slow[0] == fast[0]
+    for name in ("steps", "peak_blocks", "block_seconds", "prefix_queries", "prefix_hits", "free_blocks"):
+        assert getattr(slow[1], name) == getattr(fast[1], name)
+    assert fast[1].free_blocks == fast[1].total_blocks
+    assert sorted(number for event in fast[0] for number in event[2]) == [request.id for request in requests]
+    admitted = [number for event in fast[0] for number, _ in event[4]]
+    assert admitted == sorted(admitted)
+
+
+def test_skipping_stops_where_something_happens() -> None:
+    engine = Engine(replace(SMALL, kv_capacity_tokens=128, max_model_len=128))
+    engine.add(SequenceRequest(0, 8, 100))
+    assert engine.skip(0.0, 10.0) == 0.0  # the prompt is not computed
+    engine.step(0.0)
+    assert engine.skip(1.0, 1.0) == 1.0
+    assert engine.skip(1.0, 2.0) == 2.5  # steps of 0.75 s that start at 1 and at 1.75
+    assert engine.generated_tokens(0) == 3
+    engine.add(SequenceRequest(1, 8, 1))
+    assert engine.skip(2.5, 9.0) == 2.5  # the other could be admitted
+    engine.step(2.5)
+    engine.skip(3.0, float("inf"))
+    assert engine.generated_tokens(0) == 99  # the step that ends it is not skipped
+    assert engine.step(0.0).finished == (0,)
+    assert engine.generated_tokens(0) is None

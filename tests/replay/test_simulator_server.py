@@ -670,6 +670,103 @@ def test_preemption_is_counted_and_every_answer_is_whole() -> None:
         assert stats(client)["kv_usage"] == 0
 
 
+def metric(client: httpx.Client, name: str) -> float:
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    values = [sample.value for family in families for sample in family.samples if sample.name == name]
+    assert len(values) == 1, name
+    return values[0]
+
+
+CACHED = SimulatorConfig.fast(enable_prefix_caching=True, prompt_tokens_details=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "find"),
+    [
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "word " * 100}]},
+            ["usage", "prompt_tokens_details", "cached_tokens"],
+        ),
+        ("/v1/completions", {"prompt": "word " * 106}, ["usage", "prompt_tokens_details", "cached_tokens"]),
+        ("/v1/completions", {"prompt": list(range(106))}, ["usage", "prompt_tokens_details", "cached_tokens"]),
+        ("/v1/responses", {"input": "word " * 100}, ["usage", "input_tokens_details", "cached_tokens"]),
+        (
+            "/v1/messages",
+            {"messages": [{"role": "user", "content": "word " * 100}], "max_tokens": 9},
+            ["usage", "cache_read_input_tokens"],
+        ),
+    ],
+)
+def test_the_second_of_two_equal_prompts_is_cached(path: str, body: dict[str, Any], find: list[str]) -> None:
+    with running(CACHED) as url, httpx.Client(base_url=url) as client:
+        for cached in (0, 96):  # 106 tokens are 6 full blocks
+            found = client.post(path, json={"model": "m", **body}).json()
+            for name in find:
+                found = found[name]
+            assert found == cached
+        assert metric(client, "vllm:prefix_cache_queries_total") == stats(client)["prefix_queries"] == 212
+        assert metric(client, "vllm:prefix_cache_hits_total") == stats(client)["prefix_hits"] == 96
+
+
+def test_cached_tokens_of_a_stream_are_told_at_its_end() -> None:
+    message = [{"role": "user", "content": "word " * 100}]
+    with running(CACHED) as url, httpx.Client(base_url=url) as client:
+        for cached in (0, 96):
+            chunks = events(
+                chat(client, messages=message, stream=True, stream_options={"include_usage": True}, n=2, **FORCED)
+            )
+            assert chunks[-2]["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
+        # A conversation that goes on: the template wraps the answer, the earlier messages are found.
+        longer = [*message, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "go on"}]
+        usage = chat(client, messages=longer, **FORCED).json()["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == 96
+        assert chat(client, "cached=7", messages=longer, **FORCED).json()["usage"]["prompt_tokens_details"] == {
+            "cached_tokens": 7,
+            "created_cache_tokens": 0,
+            "multimodal_tokens": None,
+        }
+
+
+def test_without_prefix_caching_nothing_is_looked_for(fast: httpx.Client) -> None:
+    chat(fast, **FORCED)
+    assert (stats(fast)["prefix_queries"], stats(fast)["prefix_hits"]) == (0, 0)
+
+
+def test_a_full_queue_refuses_with_503() -> None:
+    config = SimulatorConfig(step_base_s=0.2, max_num_seqs=1, max_num_waiting=1)
+    with running(config) as url, httpx.Client(base_url=url) as client:
+        body = {"messages": HI, "stream": True, "max_tokens": 50, "ignore_eos": True}
+        with client.stream("POST", "/v1/chat/completions", json=body):
+            wait_for(client, running=1, waiting=0)
+            with httpx.Client(base_url=url) as other, other.stream("POST", "/v1/chat/completions", json=body):
+                wait_for(client, running=1, waiting=1)
+                refused = chat(client)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, 503)
+        wait_for(client, accepted=2, aborted=2, running=0, waiting=0)
+
+
+def test_each_latency_has_its_histogram(slow: httpx.Client) -> None:
+    chat(slow, max_tokens=6, ignore_eos=True)
+    slow.post("/v1/embeddings", json={"input": "a b c"})
+    for name, count in (
+        ("inter_token_latency_seconds", 5),
+        ("request_time_per_output_token_seconds", 1),
+        ("request_prefill_time_seconds", 1),
+        ("request_decode_time_seconds", 1),
+        ("request_inference_time_seconds", 2),
+        ("iteration_tokens_total", 7),
+    ):
+        assert metric(slow, f"vllm:{name}_count") == count, name
+    # 5 steps of 10 ms and 50 us, later than that on a busy host.
+    for name in ("inter_token_latency_seconds", "request_decode_time_seconds"):
+        assert metric(slow, f"vllm:{name}_sum") == pytest.approx(5 * 0.01005, abs=0.03), name
+    assert metric(slow, "vllm:request_time_per_output_token_seconds_sum") == pytest.approx(0.01005, abs=0.01)
+    assert metric(slow, "vllm:iteration_tokens_total_sum") == 8 + 5 + 3
+    assert 'vllm:cache_config_info{block_size="16",' in slow.get("/metrics").text
+    assert 'num_gpu_blocks="256"' in slow.get("/metrics").text
+
+
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 
