@@ -384,6 +384,52 @@ def import_(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN")],
+    target: Annotated[Path, typer.Argument(metavar="OUT")],
+    source_format: Annotated[str | None, typer.Option("--from", help="Format of IN.  [default: found out]")] = None,
+    target_format: Annotated[str | None, typer.Option("--to", help="Format of OUT.  [default: by its suffix]")] = None,
+    map: Annotated[
+        str | None, typer.Option("--map", help="Columns of any CSV: timestamp=A,prompt_tokens=B,output_tokens=C.")
+    ] = None,
+    failures: Annotated[str, typer.Option(help="keep or drop failed requests.")] = "keep",
+    relabel_model: Annotated[str | None, typer.Option(help="Name every row's model so.")] = None,
+    timezone: Annotated[str, typer.Option(help="IANA name.")] = "UTC",
+    day_zero: DayZero = None,
+    salt: Annotated[str | None, typer.Option(help="For the same block ids again.  [default: a new one]")] = None,
+    block_tokens: Annotated[int | None, typer.Option(min=1, help="Of IN's prefix blocks, if it does not say.")] = None,
+) -> None:
+    """Write a trace file in another format; what was written is read back and compared."""
+    from traces import convert as conversion
+    from traces.mapped import parse_columns
+
+    _known_timezone(timezone)
+    if failures not in ("keep", "drop"):
+        raise ConfigError(f"--failures: expected keep or drop, got {failures!r}")
+    try:
+        columns = None if map is None else parse_columns(map)
+        formats = conversion.chosen_formats(source, target, source_format, target_format, columns)
+    except TraceFormatError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
+    done = conversion.convert(
+        source,
+        target,
+        source_format=formats[0],
+        target_format=formats[1],
+        columns=columns,
+        clock=TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone),
+        failures="drop" if failures == "drop" else "keep",
+        model=relabel_model,
+        salt=None if salt is None else salt.encode(),
+        source_block_tokens=block_tokens,
+    )
+    for line in conversion.describe(done, source, target):
+        print(line, file=sys.stderr)
+
+
+@app.command()
 def stats(
     trace: Annotated[Path | None, typer.Argument(help="A trace file; without it, the database.")] = None,
     json: Json = False,
@@ -453,7 +499,7 @@ def fit(
 
 @app.command()
 def generate(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Trace to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Trace to write; - is standard output.")],
     profile: Annotated[Path | None, typer.Option(help="Workload profile, as burstgate fit writes it.")] = None,
     process: Annotated[
         str | None,
@@ -513,16 +559,19 @@ def generate(
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    is_file = output != Path("-")
     part = output.with_name(f".{output.name}.part")
     try:
-        with part.open("wb") as stream:
+        with part.open("wb") if is_file else contextlib.nullcontext(sys.stdout.buffer) as stream:
             writer = open_writer(stream, format=format)
             for batch in batches:
                 writer.write(batch)
             report = writer.close()
-        part.replace(output)
+        if is_file:
+            part.replace(output)
     finally:
-        part.unlink(missing_ok=True)
+        if is_file:
+            part.unlink(missing_ok=True)
     dropped = "".join(f", {n:,} dropped: {reason}" for reason, n in report.dropped.items())
     print(f"{output}: {report.rows_written:,} of {report.rows_in:,} rows as {format}{dropped}", file=sys.stderr)
 

@@ -4,6 +4,7 @@
     due_s       (stamp - zero + offset) / speed
     window      rows with start_s <= stamp - (stamp of the trace's first row) < start_s + duration_s; then `limit` rows
     offset      0, or for rows with equal stamps (`ties="spread"`) sorted uniform draws in [0, 1) s of trace time
+    warm-up     rows due before `warmup_s`: sent like all others, and marked as not to be measured
 
 BurstGPT's stamps are whole seconds, so several rows with one stamp are an artefact of rounding: sent at once they would
 be a burst that never was. Only a trace whose stamps are all whole is treated so (judged by its first
@@ -49,6 +50,8 @@ class PlanOptions:
     """Rows read, sent or not."""
     ties: Ties = "spread"
     seed: int = 0
+    warmup_s: float = 0.0
+    """Of the schedule's own time, after the speed; from it on rows count."""
 
     def __post_init__(self) -> None:
         if not SPEED_RANGE[0] <= self.speed <= SPEED_RANGE[1]:
@@ -63,6 +66,8 @@ class PlanOptions:
             raise ValueError(f"ties: expected spread or keep, got {self.ties!r}")
         if self.seed < 0:
             raise ValueError(f"seed: expected an integer >= 0, got {self.seed}")
+        if not 0 <= self.warmup_s < math.inf:
+            raise ValueError(f"warmup: expected seconds >= 0, got {self.warmup_s:g}")
 
 
 class Planned(msgspec.Struct, frozen=True, gc=False):
@@ -79,6 +84,8 @@ class Planned(msgspec.Struct, frozen=True, gc=False):
     log_type: str = LogType.API
     is_failure: bool = False
     """The trace's outcome is not `ok`."""
+    is_warmup: bool = False
+    """To be sent and not measured."""
 
     @property
     def is_sendable(self) -> bool:
@@ -112,15 +119,17 @@ def plan(batches: Iterable[pl.DataFrame], options: PlanOptions) -> Iterator[Plan
     zero_s = head["received_at"][0]
     offsets = _spread(rows, options.seed) if options.ties == "spread" else ((0.0, row) for row in rows)
     for index, (offset_s, row) in enumerate(islice(offsets, options.limit), first_index):
+        due_s = (row.received_at - zero_s + offset_s) / options.speed
         yield Planned(
             index,
-            (row.received_at - zero_s + offset_s) / options.speed,
+            due_s,
             row.session_id,
             row.model,
             row.request_tokens,
             row.response_tokens,
             row.log_type,
             row.outcome != Outcome.OK,
+            due_s < options.warmup_s,
         )
 
 

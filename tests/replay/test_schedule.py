@@ -85,6 +85,12 @@ def test_a_failed_first_row_is_zero_time_too() -> None:
     assert [(row.due_s, row.is_sendable) for row in plan(rows, PlanOptions())] == [(0.0, False), (10.0, True)]
 
 
+def test_warmup_is_of_the_schedules_own_time() -> None:
+    rows = plan(batches([10.0, 12.0, 14.0, 16.0]), PlanOptions(speed=2.0, warmup_s=2.0))
+    assert [(row.due_s, row.is_warmup) for row in rows] == [(0.0, True), (1.0, True), (2.0, False), (3.0, False)]
+    assert not any(row.is_warmup for row in plan(batches([1.0, 2.0]), PlanOptions()))
+
+
 def test_no_rows() -> None:
     assert dues_s([]) == []
 
@@ -183,6 +189,8 @@ def test_the_trace_is_read_as_it_is_needed() -> None:
         ({"limit": 0}, "limit: expected rows >= 1, got 0"),
         ({"ties": "drop"}, "ties: expected spread or keep, got 'drop'"),
         ({"seed": -1}, "seed: expected an integer >= 0, got -1"),
+        ({"warmup_s": -1.0}, "warmup: expected seconds >= 0, got -1"),
+        ({"warmup_s": math.inf}, "warmup: expected seconds >= 0, got inf"),
     ],
 )
 def test_wrong_options(wrong: dict[str, float], message: str) -> None:

@@ -1,0 +1,319 @@
+"""A profile: what it knows of a trace, what it does not, and what is made of wrong ones."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import polars as pl
+import pytest
+
+from traces.arrivals import Process, arrival_times_s, steady, take_until
+from traces.batch import complete_batch, empty_batch
+from traces.codec import read_trace
+from traces.generation import fixed_lengths, generate, plain_profile
+from traces.profile import (
+    LEVELS,
+    Service,
+    WorkloadProfile,
+    decode_profile,
+    encode_profile,
+    fit_profile,
+    fit_zipf,
+)
+
+TRACES = Path(os.environ.get("BURSTGATE_TRACES", Path(__file__).parents[2].parent / "shared" / "traces"))
+HOUR_S = 3600.0
+
+
+def trace(stamps_s: Any, **columns: Any) -> pl.DataFrame:
+    frame = pl.DataFrame({"received_at": pl.Series(stamps_s, dtype=pl.Float64)})
+    n = frame.height
+    defaults = {"request_id": [str(row) for row in range(n)], "model": ["m"] * n,
+                "request_tokens": [10] * n, "response_tokens": [5] * n}  # fmt: skip
+    return complete_batch(frame.with_columns(**{k: pl.Series(v) for k, v in {**defaults, **columns}.items()}))
+
+
+def only(profile: WorkloadProfile) -> Service:
+    (service,) = profile.services
+    return service
+
+
+def arrivals(process: Process, end_s: float, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return take_until(arrival_times_s(process.segments(), np.random.default_rng(seed)))(end_s)
+
+
+@pytest.mark.parametrize("shape", [0.5, 1.0, 4.0])
+def test_rate_and_shape_of_a_renewal_process_are_recovered(shape: float) -> None:
+    rates, moments, mles = [], [], []
+    for seed in range(12):
+        service = only(fit_profile([trace(arrivals(steady(1.0, shape), 6000.0, seed))]))
+        (slot,) = service.slots
+        assert service.level_variance < 0.05
+        rates.append(slot.rate_rps)
+        moments.append(slot.shape)
+        mles.append(slot.shape_mle)
+    # Var N = t / shape; Var of the shape by moments 2 k (k + 1) / n: 12 runs of some 6,000 gaps.
+    assert abs(np.mean(rates) - 1) < 4 * math.sqrt(1 / shape / 6000 / 12)
+    error = 4 * math.sqrt(2 * shape * (shape + 1) / 6000 / 12)
+    assert abs(np.mean(moments) - shape) < error + 0.01 * shape
+    assert abs(np.mean(mles) - shape) < error + 0.01 * shape
+
+
+def test_whole_seconds_are_spread_before_the_fit() -> None:
+    """At one request in 5 s rounding hides little; unspread, gaps of 0 would make any fit by likelihood absurd."""
+    service = only(fit_profile([trace(np.floor(arrivals(steady(0.2, 1.0), 60_000.0, 2)))]))
+    assert service.slots[0].shape == pytest.approx(1.0, abs=0.06)
+    assert service.slots[0].shape_mle == pytest.approx(1.0, abs=0.06)
+    # At 20 a second all of a burst inside its second is lost: a shape of 0.25 comes out nearer to 1.
+    dense = only(fit_profile([trace(np.floor(arrivals(steady(20.0, 0.25), 2000.0, 2)))]))
+    assert 0.25 < dense.slots[0].shape < 0.9
+
+
+def test_hours_of_the_week_have_their_own_rate_and_shape() -> None:
+    # Monday 0:00 UTC on; 14 days, busy and even from 9 to 17, quiet and bursty else.
+    hours = np.arange(24)
+    busy = (hours >= 9) & (hours < 17)
+    day = Process(tuple(hours * HOUR_S), tuple(np.where(busy, 0.3, 0.05)), tuple(np.where(busy, 4.0, 0.5)), 24 * HOUR_S)
+    monday_s = 4 * 24 * HOUR_S
+    service = only(fit_profile([trace(monday_s + arrivals(day, 14 * 24 * HOUR_S, 5))]))
+    assert len(service.slots) == 168
+    rates = np.array([slot.rate_rps for slot in service.slots]).reshape(7, 24)
+    shapes = np.array([slot.shape for slot in service.slots]).reshape(7, 24)
+    assert rates[:, busy].mean() == pytest.approx(0.3, rel=0.03)
+    assert rates[:, ~busy].mean() == pytest.approx(0.05, rel=0.08)
+    assert shapes[:, busy].mean() == pytest.approx(4.0, rel=0.1)
+    assert np.median(shapes[:, ~busy]) < 1.0
+
+
+def test_levels_that_vary_are_seen_and_are_not_taken_for_burstiness() -> None:
+    rng = np.random.default_rng(0)
+    levels = rng.gamma(2.0, 0.5, 200)  # a relative variance of 0.5
+    process = Process(tuple(np.arange(200) * 1200.0), tuple(levels * 0.5), (1.0,) * 200)
+    service = only(fit_profile([trace(arrivals(process, 240_000.0, 1))]))
+    assert service.level_variance == pytest.approx(np.var(levels) / np.mean(levels) ** 2, rel=0.2)
+    assert service.slots[0].shape == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_profile_holds_no_names_ids_or_stamps() -> None:
+    rows = trace(
+        np.arange(1_700_000_000, 1_700_000_200) + 0.5,
+        model=["secret-model"] * 150 + ["other"] * 50,
+        session_id=["alice"] * 100 + ["bob"] * 100,
+        log_type=["Conversation log"] * 200,
+        tenant=["acme"] * 200,
+        request_id=["req-xyz"] * 200,
+    )
+    text = encode_profile(fit_profile([rows])).decode()
+    for name in ("secret", "other", "alice", "bob", "acme", "xyz", "1700000"):
+        assert name not in text
+    assert [service.model for service in decode_profile(text.encode()).services] == [0, 1]
+
+
+def test_services_and_failures() -> None:
+    rows = trace(
+        np.arange(100.0),
+        model=["rare"] * 20 + ["often"] * 80,
+        log_type=["API log"] * 10 + ["Conversation log"] * 90,
+        session_id=[None] * 10 + ["s"] * 5 + [None] * 85,
+        outcome=["ok"] * 60 + ["upstream_error"] * 40,
+        response_tokens=[5] * 60 + [None] * 40,
+    )
+    profile = fit_profile([rows])
+    found = [(s.model, str(s.log_type), s.requests, s.failure_share, s.sessions is not None) for s in profile.services]
+    assert found == [
+        (0, "Conversation log", 80, 0.5, False),
+        (1, "API log", 10, 0.0, False),
+        (1, "Conversation log", 5, 0.0, False),
+        (1, "Conversation log", 5, 0.0, True),
+    ]
+    assert profile.mean_rps == pytest.approx(1.0)
+    assert profile.has_whole_second_stamps
+
+
+def test_order_and_batches_do_not_matter() -> None:
+    rows = trace(
+        arrivals(steady(1.0, 0.5), 500.0, 0),
+        session_id=[f"s{n % 7}" for n in range(len(arrivals(steady(1.0, 0.5), 500.0, 0)))],
+    )
+    profile = fit_profile([rows])
+    assert fit_profile(rows.iter_slices(13)) == profile
+    assert fit_profile([rows.sample(fraction=1.0, shuffle=True, seed=1)]) == profile
+
+
+def test_sessions() -> None:
+    # Sessions of 1, 2 and 3 turns; gaps of 10 s; each request 100 tokens longer than the last.
+    sizes = [1, 2, 3] * 50
+    rows = [(1000.0 * k + 10 * t, f"s{k}", 50 + 100 * t) for k, n in enumerate(sizes) for t in range(n)]
+    stamps_s, sessions, request = zip(*rows, strict=True)
+    service = only(fit_profile([trace([*stamps_s], session_id=[*sessions], request_tokens=[*request])]))
+    assert service.sessions is not None
+    assert [turns for turns, _ in service.sessions.turns] == [1, 2, 3]
+    assert [share for _, share in service.sessions.turns] == pytest.approx([1 / 3] * 3)
+    assert service.sessions.mean_turns == pytest.approx(2)
+    assert service.sessions.turn_gap_s == pytest.approx([10.0] * len(LEVELS), abs=1.0)
+    assert set(service.sessions.first_request) == {50.0}
+    assert {value for growth in service.sessions.growth for value in growth.quantiles} == {100.0}
+    assert service.slots[0].rate_rps == pytest.approx(150 / 149_021, rel=0.001)
+    assert service.mean_rps == pytest.approx(300 / 149_021, rel=0.001)
+
+
+def test_ties_claim_no_dependence_and_pairs_keep_theirs() -> None:
+    rng = np.random.default_rng(3)
+    request = rng.integers(1, 4, 4000)
+    tied = only(fit_profile([trace(np.arange(4000.0), request_tokens=request, response_tokens=[7] * 4000)]))
+    assert tied.lengths is not None
+    assert np.array(tied.lengths.copula) == pytest.approx(np.full((16, 16), 1 / 16), abs=0.05)
+    same = only(
+        fit_profile([trace(np.arange(4000.0), request_tokens=np.arange(4000), response_tokens=np.arange(4000))])
+    )
+    assert same.lengths is not None
+    assert np.array(same.lengths.copula) == pytest.approx(np.eye(16))
+
+
+@pytest.mark.parametrize("theta", [0.6, 1.1, 2.0])
+def test_zipf_is_recovered(theta: float) -> None:
+    n = np.arange(1, 4097)
+    shares = n**-theta / np.sum(n**-theta)
+    tokens = np.random.default_rng(0).choice(n, 20_000, p=shares)
+    support = np.log(n)
+    variance = float(shares @ support**2 - (shares @ support) ** 2)
+    # The score's variance is that of log n; the largest of 20,000 draws stands for the end of the support.
+    assert fit_zipf(tokens.astype(np.float64)) == pytest.approx(theta, abs=4 / math.sqrt(20_000 * variance) + 0.01)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [[], [empty_batch()], [trace([5.0])], [trace([5.0, 5.0, 5.0])]],
+    ids=["none", "empty", "one row", "one stamp"],
+)
+def test_too_little_to_fit(batches: list[pl.DataFrame]) -> None:
+    with pytest.raises(ValueError, match="fit: expected rows with at least two different stamps"):
+        fit_profile(batches)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        trace([0.0, 1e-6]),
+        trace([0.0, 10.0], model=[None, None], request_tokens=[None, None]),
+        trace([0.0, 1e6], session_id=["a", "a"]),
+        trace([0.0, 0.0, 1.0], outcome=["upstream_error"] * 3, session_id=["a", None, ""]),
+        trace([0.0, 1.0], request_tokens=[2**62, 1], response_tokens=[0, 0]),
+        trace([0.5] * 5000 + [700.0], session_id=["a"] * 5001),
+    ],
+)
+def test_odd_traces_give_profiles_that_can_be_read_and_generated(rows: pl.DataFrame) -> None:
+    profile = fit_profile([rows])
+    assert decode_profile(encode_profile(profile)) == profile
+    assert sum(batch.height for batch in generate(profile, seed=0, rows=50)) <= 50
+
+
+def test_a_trace_of_two_rows_in_a_year() -> None:
+    profile = fit_profile([trace([0.0, 4e7], session_id=["a", "a"])])
+    assert decode_profile(encode_profile(profile)) == profile
+    with pytest.raises(ValueError, match="rate: expected at least 1e-06 requests/s, got "):
+        generate(profile, seed=0, rows=50)
+
+
+def test_more_models_than_classes_share_the_last() -> None:
+    profile = fit_profile([trace(np.arange(200.0), model=[f"m{n % 100}" for n in range(200)])])
+    assert {service.model for service in profile.services} == set(range(64))
+    assert sum(service.requests for service in profile.services) == 200
+
+
+PROFILE = fit_profile(
+    [trace(np.arange(300.0) * 9, session_id=[f"s{n % 99}" for n in range(300)], request_tokens=range(300))]
+)
+
+
+def changed(path: str, value: object) -> bytes:
+    """The profile's JSON with the value at a path such as services.0.lengths.copula replaced."""
+    whole = msgspec.json.decode(encode_profile(PROFILE))
+    *parents, last = path.split(".")
+    place = whole
+    for name in parents:
+        place = place[int(name)] if name.isdigit() else place[name]
+    place[last] = value
+    return msgspec.json.encode(whole)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda: b"", "profile: expected the JSON that burstgate fit writes"),
+        (lambda: b"\xff\xfe", "profile: expected the JSON"),
+        (lambda: b"[1]", "profile: expected the JSON"),
+        (lambda: b'{"burstgate_profile": 2}', "burstgate_profile: expected version 1, got 2"),
+        (lambda: changed("x", 1), "unknown field `x`"),
+        (lambda: changed("levels", [0, 0.5, 0.4, 1]), "levels: expected 0 to 1, ascending"),
+        (lambda: changed("services", []), "services: expected at least one"),
+        (lambda: changed("services.0.model", -1), r"services\[0\]\.model: expected 0 to 63"),
+        (lambda: changed("services.0.failure_share", 1.5), r"failure_share: expected 0 to 1"),
+        (lambda: changed("services.0.slots", []), "slots: expected 1 slot or"),
+        (lambda: changed("services.0.lengths.copula", [[0.5]]), "copula: expected a square"),
+        (lambda: changed("services.0.lengths.request", [1.0]), "request: expected 73 numbers"),
+        (lambda: changed("services.0.lengths.request", [-1.0] * len(LEVELS)), "request: expected ascending numbers, 0"),
+        (lambda: changed("services.0.sessions.turns", [[0, 1.0]]), "turns: expected 1 to 100000"),
+        (lambda: changed("services.0.sessions.turns", [[1, 0.5]]), "turns: expected shares that sum to 1"),
+        (lambda: changed("services.0.sessions.turn_gap_s", [1e300] * len(LEVELS)), "turn_gap_s: expected ascending"),
+        (lambda: changed("services.0.level_variance", "x"), "Expected `float`"),
+    ],
+)
+def test_wrong_profiles(data: Callable[[], bytes], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode_profile(data())
+
+
+def test_a_plain_profile_is_one_too() -> None:
+    profile = plain_profile(fixed_lengths(3, 4))
+    assert decode_profile(encode_profile(profile)) == profile
+
+
+@pytest.mark.skipif(not TRACES.is_dir(), reason=f"no traces at {TRACES} (BURSTGATE_TRACES)")
+@pytest.mark.parametrize("name", ["BurstGPT_1_head.csv", "BurstGPT_3_head.csv"])
+def test_real_heads_are_fitted_and_generated_again(name: str) -> None:
+    rows = pl.concat(list(read_trace(TRACES / name)))
+    profile = fit_profile([rows])
+    assert profile.requests == 400
+    assert profile.mean_rps * profile.span_s == pytest.approx(400)
+    assert sum(service.failure_share * service.requests for service in profile.services) == pytest.approx(
+        (rows["outcome"] != "ok").sum()
+    )
+    # Twenty times as long: what differs then is the profile's, not chance.
+    found = pl.concat(list(generate(profile, seed=1, duration_s=20 * profile.span_s)))
+    assert found.height == pytest.approx(8000, rel=0.15)
+    for column in ("request_tokens", "response_tokens"):
+        source, again = (frame.filter(pl.col("outcome") == "ok")[column].drop_nulls() for frame in (rows, found))
+        values = np.sort(source.to_numpy())
+        ks = np.abs(
+            np.searchsorted(values, values, side="right") / len(values)
+            - np.searchsorted(np.sort(again.to_numpy()), values, side="right") / again.len()
+        ).max()
+        # 1.36 / sqrt(400) is chance's 95 % already; heads' sessions grow from few first turns.
+        assert ks < 0.15
+    shares = [dict(frame["log_type"].value_counts(normalize=True).iter_rows()) for frame in (rows, found)]
+    assert shares[0] == pytest.approx(shares[1], abs=0.02)
+
+
+@pytest.mark.skipif(not TRACES.is_dir(), reason=f"no traces at {TRACES} (BURSTGATE_TRACES)")
+@pytest.mark.parametrize("name", ["AzureLLMInferenceTrace_code.csv", "mooncake_conversation_trace.jsonl"])
+def test_real_traces_of_an_hour_keep_their_cv_lengths_and_correlation(name: str) -> None:
+    """Not their counts in short windows: Azure's lulls and Mooncake's steps of 3 s are no renewal process."""
+    rows = pl.concat(list(read_trace(TRACES / name))).sort("received_at")
+    profile = fit_profile([rows])
+    traces = [rows, *(pl.concat(list(generate(profile, seed=seed, duration_s=profile.span_s))) for seed in range(3))]
+    cvs, correlations, medians = [], [], []
+    for each in traces:
+        gaps_s = np.diff(each["received_at"].to_numpy())
+        cvs.append(float(gaps_s.std() / gaps_s.mean()))
+        correlations.append(each.select(pl.corr("request_tokens", "response_tokens", method="spearman")).item())
+        medians.append(each["request_tokens"].median())
+    assert cvs[1:] == pytest.approx([cvs[0]] * 3, rel=0.1)
+    assert correlations[1:] == pytest.approx([correlations[0]] * 3, abs=0.05)
+    assert medians[1:] == pytest.approx([medians[0]] * 3, rel=0.1)

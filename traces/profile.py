@@ -1,0 +1,470 @@
+"""What a site can publish instead of its trace: a WorkloadProfile, fitted from batches, and its JSON form.
+
+A profile holds numbers about services; a service is the rows of one model class, log type and with or without sessions.
+It holds no name, id or stamp: models are numbered by how often they are asked for. It is no proof of anonymity: of a
+service with few rows, quantiles may be single rows' values.
+
+    arrivals    of requests, or where the service has sessions, of their first turns. By slot (the hours of the week in
+                UTC from Monday 0:00, or one slot where the trace is under a week): the rate, and the Gamma shape of
+                the gaps within 20-minute windows, by moments and by maximum likelihood. Stamps that are all whole
+                seconds are first spread evenly inside their second, which hides burstiness within a second.
+    level       rates of whole windows vary by more than such gaps explain: `level_variance` is that excess, relative
+                to the rate squared; each generated window multiplies its rate by Gamma(1 / v, mean 1)
+    lengths     quantiles of request and response tokens at LEVELS and a copula: the share of each response rank bin in
+                each request rank bin. Pairs are drawn together; a rank inside its bin is uniform.
+    sessions    turns, gaps from one submission to the next, the first request's length, and quantiles of how much a
+                request is longer than the one before it, by that one's length (histories grow, and are cut)
+
+`traces.generation` makes a trace of it again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Final
+
+import msgspec
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from traces.arrivals import MAX_RATE_RPS, SHAPE_RANGE, fit_gamma_shape
+from traces.record import LogType, Outcome
+
+VERSION: Final = 1
+WINDOW_S: Final = 1200.0
+"""The paper's window for the shape of gaps."""
+HOUR_S: Final = 3600.0
+WEEK_S: Final = 168 * HOUR_S
+MONDAY_S: Final = 4 * 86_400.0
+"""The first Monday 0:00 UTC after epoch zero, a Thursday."""
+MIN_GAPS: Final = 50
+"""Gaps that a slot's own shape needs; with fewer it has the service's."""
+MAX_MODELS: Final = 64
+"""Model classes; rarer models are one class together, the last."""
+MAX_GRID: Final = 16
+MAX_GROWTH_BINS: Final = 8
+MAX_TURNS: Final = 100_000
+MAX_SPAN_S: Final = 1e12
+MAX_TOKENS: Final = 2**31 - 1
+
+LEVELS: Final = (
+    0.0,
+    0.0005,
+    0.002,
+    0.005,
+    *(step / 64 for step in range(1, 64)),
+    0.99,
+    0.995,
+    0.998,
+    0.9995,
+    0.9999,
+    1.0,
+)
+"""Where quantiles are kept: dense in the tail, as BurstGPT's longest request is 40 times its 99th percentile."""
+
+Array = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Table = tuple[tuple[float, ...], ...]
+
+
+class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Arrivals in one slot; `gaps` says what the shapes were fitted on, 0 where they are the service's or 1."""
+
+    rate_rps: float
+    shape: float
+    shape_mle: float
+    gaps: int
+
+
+class Lengths(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Joint lengths in tokens of the rows that went well."""
+
+    request: tuple[float, ...]
+    """Quantiles at the profile's levels, as `response`."""
+    response: tuple[float, ...]
+    copula: Table
+    """Square; row r, column c: the share of request rank bin r whose response is in rank bin c."""
+    request_theta: float
+    """The exponent of a Zipf distribution cut at the longest request: the paper's theta."""
+
+
+class Growth(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How requests grow in a session: quantiles of the difference to the one before, of at least `after_tokens`."""
+
+    after_tokens: float
+    quantiles: tuple[float, ...]
+
+
+class Sessions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sessions as they were seen: one that the trace cuts counts as what is left of it."""
+
+    turns: tuple[tuple[int, float], ...]
+    """Number of turns and the share of sessions that have it, in ascending order."""
+    turn_gap_s: tuple[float, ...]
+    """Quantiles, submission to submission."""
+    first_request: tuple[float, ...]
+    """Quantiles of the first turn's request tokens; empty where they are unknown, as is `growth`."""
+    growth: tuple[Growth, ...]
+    span_p99_s: float
+
+    @property
+    def mean_turns(self) -> float:
+        """Requests a session."""
+        return sum(turns * share for turns, share in self.turns) / sum(share for _, share in self.turns)
+
+
+class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One model class and log type."""
+
+    model: int
+    """0 is the model asked for most."""
+    log_type: LogType
+    requests: int
+    failure_share: float
+    level_variance: float
+    slots: tuple[Slot, ...]
+    lengths: Lengths | None = None
+    """None where no row that went well has both counts."""
+    sessions: Sessions | None = None
+
+    @property
+    def mean_rps(self) -> float:
+        """Requests a second, over all slots."""
+        starts_rps = math.fsum(slot.rate_rps for slot in self.slots) / len(self.slots)
+        return starts_rps * (1.0 if self.sessions is None else self.sessions.mean_turns)
+
+
+class WorkloadProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A workload. `encode_profile` and `decode_profile` are its JSON form."""
+
+    burstgate_profile: int
+    """The version of this form."""
+    requests: int
+    span_s: float
+    has_whole_second_stamps: bool
+    levels: tuple[float, ...]
+    services: tuple[Service, ...]
+
+    @property
+    def mean_rps(self) -> float:
+        """Requests a second, all services together."""
+        return math.fsum(service.mean_rps for service in self.services)
+
+
+def encode_profile(profile: WorkloadProfile) -> bytes:
+    """The profile as JSON with a line feed at its end."""
+    return msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n"
+
+
+def decode_profile(data: bytes) -> WorkloadProfile:
+    """The profile in `data`. Raises ValueError naming the place, the rule and the value."""
+    try:
+        version = msgspec.json.decode(data, type=_Version).burstgate_profile
+        if version != VERSION:
+            raise ValueError(f"profile: burstgate_profile: expected version {VERSION}, got {version}")
+        profile = msgspec.json.decode(data, type=WorkloadProfile)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"profile: expected the JSON that burstgate fit writes: {error}") from error
+    _check(profile)
+    return profile
+
+
+class _Version(msgspec.Struct, frozen=True):
+    burstgate_profile: int
+
+
+def _check(profile: WorkloadProfile) -> None:
+    """What the types do not say, so that generating cannot fail on it."""
+    levels = profile.levels
+    _require(len(levels) >= 2 and levels[0] == 0 and levels[-1] == 1 and _rises(levels), "levels", "0 to 1, ascending")
+    _require(bool(profile.services), "services", "at least one")
+    for number, service in enumerate(profile.services):
+        place = f"services[{number}]"
+        _require(0 <= service.model < MAX_MODELS, f"{place}.model", f"0 to {MAX_MODELS - 1}")
+        _require(0 <= service.failure_share <= 1, f"{place}.failure_share", "0 to 1")
+        _require(0 <= service.level_variance <= 1e6, f"{place}.level_variance", "0 to 1e6")
+        _require(len(service.slots) in (1, 168), f"{place}.slots", "1 slot or the 168 hours of a week")
+        for slot in service.slots:
+            _require(0 <= slot.rate_rps <= MAX_RATE_RPS, f"{place}.slots", f"rates of 0 to {MAX_RATE_RPS:g} requests/s")
+            _require(SHAPE_RANGE[0] <= slot.shape <= SHAPE_RANGE[1], f"{place}.slots", "shapes of 0.001 to 1e6")
+        if service.lengths is not None:
+            _check_lengths(service.lengths, levels, f"{place}.lengths")
+        if service.sessions is not None:
+            _check_sessions(service.sessions, levels, f"{place}.sessions")
+
+
+def _check_lengths(lengths: Lengths, levels: tuple[float, ...], place: str) -> None:
+    for name, values in (("request", lengths.request), ("response", lengths.response)):
+        _require_quantiles(values, levels, 0, MAX_TOKENS, f"{place}.{name}")
+    rows = lengths.copula
+    is_square = bool(rows) and all(len(row) == len(rows) and min(row) >= 0 for row in rows)
+    _require(
+        is_square and all(math.isclose(sum(row), 1, abs_tol=1e-6) for row in rows),
+        f"{place}.copula",
+        "a square of shares >= 0 whose rows sum to 1",
+    )
+
+
+def _check_sessions(sessions: Sessions, levels: tuple[float, ...], place: str) -> None:
+    turns = [turns for turns, _ in sessions.turns]
+    _require(
+        bool(turns) and turns[0] >= 1 and turns[-1] <= MAX_TURNS and _rises(turns),
+        f"{place}.turns",
+        f"1 to {MAX_TURNS}, ascending",
+    )
+    shares = [share for _, share in sessions.turns]
+    _require(min(shares) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-6), f"{place}.turns", "shares that sum to 1")
+    _require_quantiles(sessions.turn_gap_s, levels, 0, MAX_SPAN_S, f"{place}.turn_gap_s")
+    if sessions.first_request:
+        _require_quantiles(sessions.first_request, levels, 0, MAX_TOKENS, f"{place}.first_request")
+    _require(_rises([growth.after_tokens for growth in sessions.growth]), f"{place}.growth", "ascending after_tokens")
+    for growth in sessions.growth:
+        _require_quantiles(growth.quantiles, levels, -MAX_TOKENS, MAX_TOKENS, f"{place}.growth")
+    _require(0 <= sessions.span_p99_s <= MAX_SPAN_S, f"{place}.span_p99_s", f"0 to {MAX_SPAN_S:g} seconds")
+
+
+def _require_quantiles(values: Sequence[float], levels: Sequence[float], least: float, most: float, place: str) -> None:
+    _require(len(values) == len(levels), place, f"{len(levels)} numbers, one for each of the levels")
+    is_sorted = all(a <= b for a, b in pairwise(values))
+    _require(
+        is_sorted and least <= values[0] and values[-1] <= most, place, f"ascending numbers, {least:g} to {most:g}"
+    )
+
+
+def _require(holds: bool, place: str, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"profile: {place}: expected {rule}")
+
+
+def _rises(values: Sequence[float]) -> bool:
+    return all(a < b for a, b in pairwise(values))
+
+
+def fit_profile(batches: Iterable[pl.DataFrame]) -> WorkloadProfile:
+    """The profile of a trace, sorted or not. Deterministic: what is random in it (ties) has a fixed seed.
+
+    batches: with at least the columns of `_COLUMNS`. Memory grows with the trace: some 135 bytes a row at the peak.
+    Raises ValueError for a trace without two different stamps.
+    """
+    rows = _gathered(batches)
+    if rows.height == 0 or rows["received_at"][0] == rows["received_at"][-1]:
+        raise ValueError(f"fit: expected rows with at least two different stamps, got {rows.height} rows without")
+    rng = np.random.default_rng(0)
+    stamps_s = rows["received_at"].to_numpy()
+    has_whole_stamps = bool((stamps_s == np.floor(stamps_s)).all())
+    span_s = float(stamps_s[-1] - stamps_s[0]) + has_whole_stamps
+    first_s = float(stamps_s[0])
+    if has_whole_stamps:
+        # Rows of one second stay in the file's order: sessions' turns must not change places.
+        rows = rows.with_columns(received_at=np.sort(stamps_s + rng.random(len(stamps_s))))
+    services = [
+        _fit_service(model, LogType(log_type), group, first_s, span_s, rng)
+        for (model, log_type, _), group in (
+            rows.with_columns(has_session=pl.col("session").is_not_null())
+            .group_by("model", "log_type", "has_session", maintain_order=True)
+        )
+    ]  # fmt: skip
+    return WorkloadProfile(
+        burstgate_profile=VERSION,
+        requests=rows.height,
+        span_s=span_s,
+        has_whole_second_stamps=has_whole_stamps,
+        levels=LEVELS,
+        services=tuple(sorted(services, key=lambda s: (s.model, s.log_type, s.sessions is not None))),
+    )
+
+
+_COLUMNS: Final = ("received_at", "session_id", "model", "request_tokens", "response_tokens", "log_type", "outcome")
+
+
+def _gathered(batches: Iterable[pl.DataFrame]) -> pl.DataFrame:
+    """What the fit needs, in order of time: sessions as hashes, models as ranks, lengths only where both are known."""
+    classes: dict[str | None, int] = {}
+    is_known = (
+        (pl.col("outcome") == Outcome.OK.value)
+        & pl.col("request_tokens").is_between(0, MAX_TOKENS)
+        & pl.col("response_tokens").is_between(0, MAX_TOKENS)
+    )
+    parts = [
+        batch.select(
+            pl.col("received_at").cast(pl.Float64),
+            pl.when(pl.col("session_id").is_not_null()).then(pl.col("session_id").hash()).alias("session"),
+            _numbered(batch["model"], classes),
+            pl.when(is_known).then("request_tokens").cast(pl.Int32).alias("request_tokens"),
+            pl.when(is_known).then("response_tokens").cast(pl.Int32).alias("response_tokens"),
+            pl.col("log_type").cast(pl.Enum([str(log_type) for log_type in LogType])),
+            (pl.col("outcome") != Outcome.OK.value).alias("is_failure"),
+        )
+        for batch in batches
+    ]
+    if not parts:
+        return pl.DataFrame(schema=["received_at"])
+    rows = pl.concat(parts)
+    if not rows["received_at"].is_sorted():
+        rows = rows.sort("received_at", maintain_order=True)
+    sizes = np.bincount(rows["model"].to_numpy(), minlength=1)
+    ranks = np.empty(len(sizes), dtype=np.int64)
+    ranks[np.argsort(-sizes, kind="stable")] = np.minimum(np.arange(len(sizes)), MAX_MODELS - 1)
+    return rows.with_columns(model=ranks.astype(np.uint8)[rows["model"].to_numpy()])
+
+
+def _numbered(names: pl.Series, classes: dict[str | None, int]) -> pl.Series:
+    """The number of each row's class; names not seen before become the next classes."""
+    for name in names.unique(maintain_order=True):
+        classes.setdefault(name, len(classes))
+    known = pl.DataFrame({"model": pl.Series(list(classes), dtype=pl.String), "class": range(len(classes))})
+    rows = names.to_frame("model").join(known, on="model", how="left", nulls_equal=True, maintain_order="left")
+    return rows["class"].cast(pl.UInt32).alias("model")
+
+
+def _fit_service(
+    model: int, log_type: LogType, rows: pl.DataFrame, first_s: float, span_s: float, rng: np.random.Generator
+) -> Service:
+    sessions = _fit_sessions(rows) if rows["session"].null_count() == 0 else None
+    starts = rows if sessions is None else rows.unique("session", keep="first", maintain_order=True)
+    slots, level_variance = _fit_arrivals(starts["received_at"].to_numpy(), first_s, span_s)
+    return Service(
+        model=model,
+        log_type=log_type,
+        requests=rows.height,
+        failure_share=float(rows["is_failure"].mean()),  # type: ignore[arg-type]
+        level_variance=level_variance,
+        slots=slots,
+        lengths=_fit_lengths(rows, rng),
+        sessions=sessions,
+    )
+
+
+def _fit_arrivals(stamps_s: Array, first_s: float, span_s: float) -> tuple[tuple[Slot, ...], float]:
+    """The slots, and how much more the windows' counts vary than the slots explain."""
+    is_weekly = span_s >= WEEK_S
+    width_s, slots = (HOUR_S, 168) if is_weekly else (math.inf, 1)
+
+    def slot_of(times_s: Array) -> Ints:
+        if not is_weekly:
+            return np.zeros(len(times_s), dtype=np.int64)
+        return (((times_s - MONDAY_S) % WEEK_S) // width_s).astype(np.int64) % slots
+
+    # Whole hours of the span, and its two ends: an hour lies in one slot.
+    edges_s = np.concatenate(
+        ([first_s], np.arange(math.floor(first_s / HOUR_S) + 1, math.ceil((first_s + span_s) / HOUR_S)) * HOUR_S)
+    )
+    exposure_s = np.bincount(slot_of(edges_s), np.diff(edges_s, append=first_s + span_s), slots)
+    rates_rps = np.bincount(slot_of(stamps_s), minlength=slots) / np.maximum(exposure_s, 1e-9)
+
+    window = ((stamps_s - first_s) // WINDOW_S).astype(np.int64)
+    is_inside = window[1:] == window[:-1]
+    gaps_s: Array = np.diff(stamps_s)[is_inside]
+    window, slot = window[1:][is_inside], slot_of(stamps_s[:-1])[is_inside]
+    whole = fit_gamma_shape(gaps_s, window)
+    default = (1.0, 1.0) if whole is None or whole.gaps < MIN_GAPS else (whole.moments, whole.mle)
+    fitted = []
+    order = np.argsort(slot, kind="stable")
+    bounds = np.searchsorted(slot[order], np.arange(slots + 1))
+    for number in range(slots):
+        here = order[bounds[number] : bounds[number + 1]]
+        fit = fit_gamma_shape(gaps_s[here], window[here]) if len(here) >= MIN_GAPS else None
+        moments, mle, gaps = (*default, 0) if fit is None else fit
+        fitted.append(Slot(float(rates_rps[number]), moments, mle, gaps))
+    return tuple(fitted), _level_variance(stamps_s, first_s, span_s, fitted, slot_of)
+
+
+def _level_variance(
+    stamps_s: Array, first_s: float, span_s: float, slots: Sequence[Slot], slot_of: Callable[[Array], Ints]
+) -> float:
+    """v in Var N = mu / shape + v mu^2 over the whole windows (mu: expected count); 0 unless it is significant."""
+    windows = int(span_s // WINDOW_S)
+    if windows < 4:
+        return 0.0
+    edges_s = first_s + np.arange(windows + 1, dtype=np.float64) * WINDOW_S
+    counts = np.histogram(stamps_s, edges_s)[0]
+    here = slot_of(edges_s[:-1] + WINDOW_S / 2)
+    expected: Array = np.array([slot.rate_rps for slot in slots])[here] * WINDOW_S
+    explained: Array = expected / np.array([slot.shape for slot in slots])[here]
+    weight = float(expected @ expected)
+    if not weight:
+        return 0.0
+    variance = float(np.sum(np.square(counts - expected) - explained)) / weight
+    # Under v = 0 a squared deviation has about twice the square of its mean as variance.
+    return variance if variance > 2 * math.sqrt(2 * float(explained @ explained)) / weight else 0.0
+
+
+def _fit_lengths(rows: pl.DataFrame, rng: np.random.Generator) -> Lengths | None:
+    known = rows.select("request_tokens", "response_tokens").drop_nulls()
+    n = known.height
+    if n == 0:
+        return None
+    request, response = (known[name].to_numpy().astype(np.float64) for name in known.columns)
+    grid = max(1, min(MAX_GRID, int(math.sqrt(n / 10))))
+    places = [(_ranks(values, rng) * grid // n).astype(np.int64) for values in (request, response)]
+    cells = np.bincount(places[0] * grid + places[1], minlength=grid * grid).reshape(grid, grid)
+    return Lengths(
+        request=_quantiles(request),
+        response=_quantiles(response),
+        copula=tuple(tuple((row / row.sum()).tolist()) for row in cells),
+        request_theta=fit_zipf(request),
+    )
+
+
+def _ranks(values: Array, rng: np.random.Generator) -> Ints:
+    """Ranks from 0; those of equal values in random order, so that ties claim no dependence."""
+    ranks = np.empty(len(values), dtype=np.int64)
+    ranks[np.lexsort((rng.random(len(values)), values))] = np.arange(len(values))
+    return ranks
+
+
+def _quantiles(values: Array) -> tuple[float, ...]:
+    return tuple(np.quantile(values, LEVELS, method="inverted_cdf").tolist())
+
+
+def fit_zipf(tokens: Array) -> float:
+    """theta of P(n) ~ n^-theta for n = 1 to the largest count, by maximum likelihood, within 0 to 10.
+
+    tokens: shape (n,), n >= 1; counts below 1 are taken as 1. The score is E log n = mean log n.
+    """
+    logs = np.log(np.maximum(tokens, 1.0))
+    support = np.log(np.arange(1, min(int(tokens.max()), 1 << 20) + 1, dtype=np.float64))
+    target, low, high = float(logs.mean()), 0.0, 10.0
+    for _ in range(30):
+        theta = (low + high) / 2
+        weights = np.exp(-theta * support)
+        low, high = (theta, high) if float(weights @ support) > target * float(weights.sum()) else (low, theta)
+    return (low + high) / 2
+
+
+def _fit_sessions(rows: pl.DataFrame) -> Sessions:
+    ordered = rows.sort("session", maintain_order=True)
+    session = ordered["session"].to_numpy()
+    goes_on = session[1:] == session[:-1]
+    gaps_s = np.diff(ordered["received_at"].to_numpy())[goes_on]
+    first = np.flatnonzero(np.concatenate(([True], ~goes_on)))
+    sizes = np.diff(first, append=len(session))
+    spans_s = ordered["received_at"].to_numpy()[first + sizes - 1] - ordered["received_at"].to_numpy()[first]
+    turns, counts = np.unique(np.minimum(sizes, MAX_TURNS), return_counts=True)
+    request = ordered["request_tokens"].cast(pl.Float64).fill_null(math.nan).to_numpy()
+    first_request = request[first][np.isfinite(request[first])]
+    pairs: Array = np.column_stack((request[:-1], request[1:]))[goes_on]
+    pairs = pairs[np.isfinite(pairs).all(axis=1)]
+    return Sessions(
+        turns=tuple(zip(turns.tolist(), (counts / counts.sum()).tolist(), strict=True)),
+        turn_gap_s=_quantiles(gaps_s) if len(gaps_s) else (0.0,) * len(LEVELS),
+        first_request=_quantiles(first_request) if len(first_request) else (),
+        growth=_fit_growth(pairs),
+        span_p99_s=float(np.quantile(spans_s, 0.99)),
+    )
+
+
+def _fit_growth(pairs: Array) -> tuple[Growth, ...]:
+    """pairs: shape (n, 2), the tokens of a request and of the one after it."""
+    if not len(pairs):
+        return ()
+    bins = max(1, min(MAX_GROWTH_BINS, len(pairs) // 50))
+    edges = np.unique(np.quantile(pairs[:, 0], np.arange(bins) / bins, method="inverted_cdf"))
+    place = np.searchsorted(edges, pairs[:, 0], side="right") - 1
+    return tuple(
+        Growth(float(edge), _quantiles(pairs[place == number, 1] - pairs[place == number, 0]))
+        for number, edge in enumerate(edges)
+    )
