@@ -1,9 +1,18 @@
 """Trace files in and out: one way to read any of the formats, one way to write any of them.
 
-    burstgpt    CSV, the eight columns of BurstGPT_3.csv                         traces/burstgpt.py
-    burstgpt6   CSV, the six columns of BurstGPT_1.csv and BurstGPT_2.csv        traces/burstgpt.py
-    parquet     every field of the record, typed columns                         traces/parquet.py
-    jsonl       every field of the record, one JSON object a line                traces/jsonl.py
+    burstgpt          CSV, the eight columns of BurstGPT_3.csv                   traces/burstgpt.py
+    burstgpt6         CSV, the six columns of BurstGPT_1.csv and BurstGPT_2.csv  traces/burstgpt.py
+    parquet           every field of the record, typed columns                   traces/parquet.py
+    jsonl             every field of the record, one JSON object a line          traces/jsonl.py
+    azure             CSV of Azure's LLM inference traces, 2023 and 2024         traces/azure.py
+    azure_multimodal  CSV of Azure's multimodal inference trace, 2025            traces/azure.py
+    mooncake          JSON lines with prefix blocks, milliseconds                traces/mooncake.py
+    aiperf            Mooncake's as AIPerf reads conversations: new tokens only  traces/mooncake.py
+    bailian           JSON lines of Alibaba's Qwen traces: chats, seconds        traces/mooncake.py
+    timed_trace       JSON lines as vLLM's benchmark takes them, seconds         traces/mooncake.py
+    workload_trace    JSON lines as EvalScope takes them: whole request bodies   traces/evalscope.py
+
+Any other CSV is read by a map of its columns (traces/mapped.py).
 
 Reading yields batches (`traces.batch.SCHEMA`) and writing takes them, so that memory does not grow with the file. What
 a format cannot say is dropped or simplified at writing, never guessed, and `WriteReport` counts it. What is wrong in a
@@ -14,17 +23,35 @@ from __future__ import annotations
 
 import csv
 import datetime
+import re
+import secrets
 import zoneinfo
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final, Literal, Protocol
+from typing import Any, BinaryIO, Final, Literal, Protocol
 
+import msgspec
 import polars as pl
 
 from traces.record import LogType, Origin, Outcome, TokenSource
 
-FORMATS: Final = ("burstgpt", "burstgpt6", "parquet", "jsonl")
+FORMATS: Final = (
+    "burstgpt",
+    "burstgpt6",
+    "parquet",
+    "jsonl",
+    "azure",
+    "azure_multimodal",
+    "mooncake",
+    "aiperf",
+    "bailian",
+    "timed_trace",
+    "workload_trace",
+)
+MAPPED: Final = "mapped"
+"""The name under which a CSV file that was read by a column map is reported."""
 
 COLUMNS_8: Final = (
     "Timestamp",
@@ -40,14 +67,26 @@ COLUMNS_8: Final = (
 COLUMNS_6: Final = tuple(name for name in COLUMNS_8 if name not in ("Session ID", "Elapsed time"))
 """The header of BurstGPT_1.csv and BurstGPT_2.csv."""
 
+AZURE_COLUMNS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+"""The header of Azure's traces of 2023 and 2024; the multimodal one of 2025 has NumImages after the first."""
+
+BLOCK_TOKENS_KEY: Final = "burstgate.block_tokens"
+"""The key in a Parquet file's metadata for the tokens of one prefix block."""
+
 CHUNK_BYTES: Final = 4 << 20
 """How much of a text file is held and parsed at once: some 50,000 BurstGPT rows."""
+SNIFFED_BYTES: Final = 1 << 20
+"""How much of a file of JSON lines is looked at to tell its format."""
 SHOWN_CHARACTERS: Final = 100
 """How much of a wrong value an error message shows."""
 
 
 class TraceFormatError(ValueError):
     """A file is not the trace that it should be. The message names file, line, column, rule and value."""
+
+
+class UnsortedTrace(TraceFormatError):
+    """Rows are not in the order of time, and the format that is written demands it. The message names no file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +172,39 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
+def split(batch: pl.DataFrame, reasons: Mapping[str, pl.Expr]) -> tuple[pl.DataFrame, Counter[str]]:
+    """The rows to which no reason applies, and of the others how many were dropped for the first reason that fits."""
+    reason = pl.coalesce(pl.when(condition).then(pl.lit(name)) for name, condition in reasons.items())
+    rows = batch.with_columns(_reason=reason)
+    dropped = Counter[str](rows["_reason"].drop_nulls().to_list())
+    return rows.filter(pl.col("_reason").is_null()).drop("_reason"), dropped
+
+
+class TimeOrder:
+    """Refuses a row that is earlier than one before it, for the formats whose readers take rows as they come."""
+
+    def __init__(self, format: str) -> None:
+        self._format = format
+        self._rows = 0
+        self._last_s = float("-inf")
+
+    def check(self, received_at: pl.Series) -> None:
+        """Raise UnsortedTrace naming the first such row, counted from 1 over all batches."""
+        if received_at.is_empty():
+            return
+        before = received_at.shift(1, fill_value=self._last_s)
+        backwards = (received_at < before).arg_true()
+        if len(backwards):
+            row = int(backwards[0])
+            raise UnsortedTrace(
+                f"row {self._rows + row + 1}: column 'received_at': expected rows in the order of time, as"
+                f" {self._format} demands, got {shown(received_at[row])} after {shown(before[row])}"
+                " (`burstgate import` and `burstgate export` sort)"
+            )
+        self._rows += len(received_at)
+        self._last_s = received_at[-1]
+
+
 def _is_one_of(column: str, values: type[LogType | Outcome | TokenSource | Origin]) -> Rule:
     names = [str(value) for value in values]
     return Rule(column, f"one of {', '.join(names)}", pl.col(column).is_in(names))
@@ -196,6 +268,51 @@ def line_too_long(path: Path, line: int, max_line_bytes: int, start: bytes) -> T
     )
 
 
+_WHERE: Final = re.compile(r"(?P<rule>.*?)(?: - at `\$\.(?P<column>\w+).*`)?", re.DOTALL)
+
+
+def json_rows(
+    path: Path, decoder: msgspec.json.Decoder[Any], max_line_bytes: int
+) -> Iterator[tuple[list[Any], list[int]]]:
+    """The rows of a file of JSON lines with the line of each, about a chunk of the file at a time. Blank lines are
+    skipped, and a byte order mark.
+
+    Raises TraceFormatError at the first line that is too long or that `decoder` refuses.
+    """
+    with path.open("rb") as stream:
+        line = 1
+        for chunk in line_chunks(stream, path, line, max_line_bytes):
+            rows: list[Any] = []
+            lines: list[int] = []
+            for raw in chunk.removesuffix(b"\n").split(b"\n"):
+                if len(raw) > max_line_bytes:
+                    raise line_too_long(path, line, max_line_bytes, raw)
+                text = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
+                if text.strip():
+                    try:
+                        rows.append(decoder.decode(text))
+                    except UnicodeDecodeError as error:
+                        raise TraceFormatError(f"{path}:{line}: expected UTF-8, got {shown(raw)}") from error
+                    except (msgspec.DecodeError, RecursionError) as error:
+                        raise TraceFormatError(f"{path}:{line}: {_json_fault(error)}, in {shown(raw)}") from error
+                    lines.append(line)
+                line += 1
+            if rows:
+                yield rows, lines
+
+
+def _json_fault(error: Exception) -> str:
+    where = _WHERE.fullmatch(str(error))
+    rule, column = (where["rule"], where["column"]) if where else (str(error), None)
+    place = f"column '{column}': " if column else ""
+    return place + (f"e{rule[1:]}" if rule.startswith("Expected") else f"expected a row of this format: {rule}")
+
+
+def refused(path: Path, line: int, column: str, expected: str, value: object) -> TraceFormatError:
+    """The error for one wrong value."""
+    return TraceFormatError(f"{path}:{line}: column '{column}': expected {expected}, got {shown(value)}")
+
+
 def read_header(stream: BinaryIO, path: Path) -> list[str]:
     """The names in a CSV file's first line; the stream then stands at line 2. A byte order mark is left out.
 
@@ -223,17 +340,61 @@ def sniff(path: Path) -> str:
             return "parquet"
         stream.seek(0)
         if stream.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
-            return "jsonl"
+            stream.seek(0)
+            return _sniff_json(stream.read(SNIFFED_BYTES))
         stream.seek(0)
         names = read_header(stream, path)
     if set(COLUMNS_8) <= set(names):
         return "burstgpt"
     if set(COLUMNS_6) <= set(names):
         return "burstgpt6"
+    if set(AZURE_COLUMNS) <= set(names):
+        return "azure_multimodal" if "NumImages" in names else "azure"
     raise TraceFormatError(
         f"{path}:1: expected a Parquet file, a JSON object a line, or a CSV header with the columns"
-        f" {','.join(COLUMNS_6)} or {','.join(COLUMNS_8)}, got {shown(','.join(names))}"
+        f" {','.join(COLUMNS_6)} or {','.join(COLUMNS_8)} or {','.join(AZURE_COLUMNS)}, got {shown(','.join(names))};"
+        " another CSV needs a map of its columns"
     )
+
+
+def _sniff_json(head: bytes) -> str:
+    """The format of JSON lines, by the keys of the first; `head` may end inside a line.
+
+    Mooncake's rows and vLLM's have the same keys: a timestamp with a decimal point is one in seconds.
+    """
+    keys = set(re.findall(rb'"(\w+)"\s*:', head.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")[0]))
+    if b"request_id" in keys and b"received_at" in keys:
+        return "jsonl"
+    if b"body" in keys and b"timestamp" in keys:
+        return "workload_trace"
+    if b"input_length" not in keys:
+        return "jsonl"
+    if b"chat_id" in keys:
+        return "bailian"
+    if re.search(rb'"timestamp"\s*:\s*-?[0-9]+[.eE]', head):
+        return "timed_trace"
+    return "aiperf" if re.search(rb'"session_id"\s*:', head) else "mooncake"
+
+
+def block_tokens(path: Path, *, format: str | None = None) -> int | None:
+    """Tokens of one of the trace's prefix blocks; None where the file does not say.
+
+    Parquet says it in its metadata (BLOCK_TOKENS_KEY). In Mooncake's kind of file the blocks cover the prompt, so the
+    size follows from the lengths: 512 or 16 where it can be, else the power of two that fits the first rows.
+    Raises TraceFormatError, OSError as `read_trace`.
+    """
+    from traces import mooncake
+
+    name = sniff(path) if format is None else format
+    if name == "parquet":
+        try:
+            said = pl.read_parquet_metadata(path).get(BLOCK_TOKENS_KEY, "")
+        except pl.exceptions.PolarsError as error:
+            raise TraceFormatError(f"{path}: expected a Parquet file, got one where polars says: {error}") from error
+        return int(said) if re.fullmatch("[1-9][0-9]{0,8}", said) else None
+    if name in mooncake.SHAPES:
+        return mooncake.block_tokens(next(mooncake.read(path, shape=name, clock=UNIX_CLOCK, dataset=""), None), name)
+    return None
 
 
 def read_trace(
@@ -243,30 +404,45 @@ def read_trace(
     clock: TraceClock = UNIX_CLOCK,
     batch_rows: int = 65_536,
     dataset: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Iterator[pl.DataFrame]:
     """The trace in `path` as batches of 1 to `batch_rows` rows, in the file's order.
 
     format: one of FORMATS; None finds it out (`sniff`).
-    clock: what BurstGPT's Timestamp 0 is; the other formats carry epoch seconds.
-    dataset: the data set's name, for `run_id` and the ids of BurstGPT rows; None is the file's name without its suffix.
+    clock: what a relative timestamp's 0 is, and the time zone of a date that has none; Parquet and JSONL carry epoch
+    seconds.
+    dataset: the data set's name, for `run_id` and the ids of imported rows; None is the file's name without its suffix.
+    columns: for a CSV of any other kind, which of its columns is what (`traces.mapped`).
     Raises ValueError for an unknown format or batch_rows < 1, TraceFormatError while iterating at the first wrong line,
     OSError where the file cannot be read.
     """
     # The codecs stand on this module's vocabulary, so it imports them only here.
-    from traces import burstgpt, jsonl, parquet
+    from traces import azure, burstgpt, evalscope, jsonl, mapped, mooncake, parquet
 
     if batch_rows < 1:
         raise ValueError(f"batch_rows: expected an integer >= 1, got {batch_rows}")
-    name = sniff(path) if format is None else _known_format(format)
-    if name == "parquet":
-        frames = parquet.read(path, batch_rows=batch_rows)
-    elif name == "jsonl":
-        frames = jsonl.read(path)
-    else:
-        required = COLUMNS_8 if name == "burstgpt" else COLUMNS_6
-        # A file's name may hold bytes that are no text; a run_id may not.
-        stem = path.stem.encode("utf-8", "replace").decode()
-        frames = burstgpt.read(path, required=required, clock=clock, dataset=dataset or stem)
+    # A file's name may hold bytes that are no text; a run_id may not.
+    title = dataset or path.stem.encode("utf-8", "replace").decode()
+    if columns is not None:
+        format = MAPPED
+    elif format is not None:
+        _known_format(format)
+    match format or sniff(path):
+        case "mapped":
+            frames = mapped.read(path, columns=columns or {}, clock=clock, dataset=title)
+        case "parquet":
+            frames = parquet.read(path, batch_rows=batch_rows)
+        case "jsonl":
+            frames = jsonl.read(path)
+        case "azure" | "azure_multimodal":
+            frames = azure.read(path, clock=clock, dataset=title)
+        case "workload_trace":
+            frames = evalscope.read(path, clock=clock, dataset=title)
+        case "burstgpt" | "burstgpt6" as name:
+            required = COLUMNS_8 if name == "burstgpt" else COLUMNS_6
+            frames = burstgpt.read(path, required=required, clock=clock, dataset=title)
+        case name:
+            frames = mooncake.read(path, shape=name, clock=clock, dataset=title)
     return (part for frame in frames for part in frame.iter_slices(batch_rows))
 
 
@@ -277,16 +453,20 @@ def open_writer(
     clock: TraceClock = UNIX_CLOCK,
     failures: Literal["keep", "drop"] = "keep",
     stamps: Literal["auto", "int", "float"] = "auto",
+    block_tokens: int | None = None,
+    salt: bytes | None = None,
 ) -> TraceWriter:
     """A writer of `format` to `stream`, which the caller opened and closes.
 
-    clock: what BurstGPT's Timestamp 0 is.
+    clock: what BurstGPT's Timestamp 0 is. Mooncake's kind of file starts at 0 with its first row.
     failures: "drop" leaves out rows whose outcome is not `ok` and counts them as `failure`.
     stamps: BurstGPT's Timestamp as whole seconds (rounded down) or with microseconds; "auto" is what the published
-    files of that form have, `float` for eight columns and `int` for six. Parquet and JSONL take neither.
+    files of that form have, `float` for eight columns and `int` for six. The other formats take neither.
+    block_tokens: tokens of one of the rows' prefix blocks, where that is known. salt: what the block ids in this file
+    are made from; None draws one. Both are for the formats that have blocks.
     Raises ValueError for an unknown format.
     """
-    from traces import burstgpt, jsonl, parquet
+    from traces import azure, burstgpt, evalscope, jsonl, mooncake, parquet
 
     drop_failures = failures == "drop"
     match _known_format(format):
@@ -294,6 +474,14 @@ def open_writer(
             return parquet.Writer(stream, drop_failures=drop_failures)
         case "jsonl":
             return jsonl.Writer(stream, drop_failures=drop_failures)
+        case "azure" | "azure_multimodal" as name:
+            return azure.Writer(stream, has_images=name == "azure_multimodal", drop_failures=drop_failures)
+        case "workload_trace":
+            blocks = mooncake.Blocks("workload_trace", block_tokens, _salt(salt))
+            return evalscope.Writer(stream, blocks=blocks, clock=clock, drop_failures=drop_failures)
+        case "mooncake" | "aiperf" | "bailian" | "timed_trace" as name:
+            blocks = mooncake.Blocks(name, block_tokens, _salt(salt))
+            return mooncake.Writer(stream, shape=name, blocks=blocks, clock=clock, drop_failures=drop_failures)
         case name:
             is_long = name == "burstgpt"
             return burstgpt.Writer(
@@ -303,6 +491,10 @@ def open_writer(
                 drop_failures=drop_failures,
                 whole_seconds=stamps == "int" or (stamps == "auto" and not is_long),
             )
+
+
+def _salt(given: bytes | None) -> bytes:
+    return secrets.token_bytes(16) if given is None else given
 
 
 def _known_format(name: str) -> str:
