@@ -44,6 +44,8 @@ HEAD_SLACK_BYTES = 1024
 MAX_WAITING = 16
 MAX_WAITING_BYTES = 64 * 1024
 """Requests, and bytes of their bodies, that may be pipelined behind the one being answered before reading stops."""
+GATHER_BYTES = 1024 * 1024
+"""A body that is longer is handed on as it comes."""
 WRITE_HIGH_BYTES = 64 * 1024
 """Bytes that wait for a slow client before its upstream is held back."""
 
@@ -155,6 +157,7 @@ class ClientConnection:
     __slots__ = (
         "_bad_rest",
         "_ends",
+        "_gathered",
         "_head",
         "_head_bytes",
         "_headers",
@@ -206,6 +209,8 @@ class ClientConnection:
         self._known_request: _KnownRequest | None = None
         self._left_bytes = 0
         """Of the body of a request whose head was known."""
+        self._gathered: list[bytes | memoryview] = []
+        """The pieces of that body so far: a prompt of 100 KB is put together once."""
         self._is_in_head = False
         self._head_bytes = 0
         self._piece_bytes = 0
@@ -307,8 +312,14 @@ class ClientConnection:
         self._sweeps = 0
         self._left_bytes = length
         request.start()
-        if body < len(data):
+        if body + length == len(data):
             self._take_body(data[body:])
+        elif length > GATHER_BYTES:
+            if body < len(data):
+                self._take_body(data[body:])
+        else:
+            self._gathered.append(memoryview(data)[body:])
+            self._left_bytes -= len(data) - body
         return True
 
     def _take_body(self, data: bytes) -> None:
@@ -322,6 +333,13 @@ class ClientConnection:
             self.data_received(data[left:])
             return
         self._left_bytes = left - len(data)
+        if self._gathered:
+            self._gathered.append(data)
+            if left != len(data):
+                return
+            data = b"".join(self._gathered)
+            self._gathered.clear()
+            left = len(data)
         request.received(data)
         if left == len(data):
             request.is_whole = True
