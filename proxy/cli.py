@@ -22,6 +22,7 @@ from rich.table import Table
 from proxy.settings import ConfigError, Loaded, Settings, describe, load_settings, show_value
 from storage.engine import DatabaseUnavailable, DatabaseUrlError, SchemaError
 from traces.codec import FORMATS, TraceClock, TraceFormatError
+from traces.record import LogType
 
 app = typer.Typer(
     help="An OpenAI-compatible gateway for vLLM fleets that records every request as a BurstGPT trace.",
@@ -260,6 +261,9 @@ def _stamp(text: str | None, timezone: str | None, flag: str) -> float | None:
     return moment.timestamp()
 
 
+LOG_TYPES: dict[str, str] = {"conversation": LogType.CONVERSATION, "api": LogType.API}
+
+
 def _one_of(values: list[str] | None, known: dict[str, str], flag: str) -> tuple[str, ...]:
     for value in values or ():
         if value.lower() not in known:
@@ -278,7 +282,7 @@ def _selection(
     end: float | None,
 ) -> Any:
     from storage.query import Filter
-    from traces.record import LogType, Origin, Outcome
+    from traces.record import Origin, Outcome
 
     return Filter(
         start_s=start,
@@ -287,7 +291,7 @@ def _selection(
         sessions=tuple(sessions or ()),
         outcomes=_one_of(outcomes, {each.value: each.value for each in Outcome}, "--outcome"),
         origins=_one_of(origins, {each.value: each.value for each in Origin}, "--origin"),
-        log_types=_one_of(log_types, {"conversation": LogType.CONVERSATION, "api": LogType.API}, "--log-type"),
+        log_types=_one_of(log_types, LOG_TYPES, "--log-type"),
         run_ids=tuple(run_ids or ()),
     )
 
@@ -585,7 +589,24 @@ def replay(
     limit: Annotated[int | None, typer.Option(help="At most this many rows.")] = None,
     start: Annotated[float, typer.Option(help="Skip this many seconds of trace time.")] = 0.0,
     duration: Annotated[float | None, typer.Option(help="Seconds of trace time to take.")] = None,
-    seed: Annotated[int, typer.Option(help="Of prompts and ties.")] = 0,
+    only_model: Annotated[list[str] | None, typer.Option(help="Only rows of this model; repeatable.")] = None,
+    only_log_type: Annotated[list[str] | None, typer.Option(help="Only rows of this log type; repeatable.")] = None,
+    only_session: Annotated[list[str] | None, typer.Option(help="Only this session; repeatable.")] = None,
+    only_outcome: Annotated[list[str] | None, typer.Option(help="Only rows of this outcome; repeatable.")] = None,
+    idle_cap: Annotated[float | None, typer.Option(help="Cut gaps that are longer, in seconds of trace time.")] = None,
+    loop: Annotated[int, typer.Option(help="Send the trace so often; 0 is for ever.")] = 1,
+    rate_scale: Annotated[
+        float | None, typer.Option(help="Part of the sessions, or so many times as many; bursts stay bursts.")
+    ] = None,
+    target_rps: Annotated[float | None, typer.Option(help="The rate scale that gives this mean rate.")] = None,
+    warmup: Annotated[float, typer.Option(help="Seconds whose requests are sent and not measured.")] = 0.0,
+    process: Annotated[
+        str, typer.Option(help="When rows are due: trace, constant, poisson, gamma, curve or modeled.")
+    ] = "trace",
+    rate: Annotated[float | None, typer.Option(help="Requests a second, with --process.")] = None,
+    shape: Annotated[float | None, typer.Option(help="Gamma shape of the gaps: 1 is Poisson, below it bursty.")] = None,
+    curve: Annotated[Path | None, typer.Option(help="CSV with the columns time_s,rps.")] = None,
+    seed: Annotated[int, typer.Option(help="Of prompts, ties and arrivals.")] = 0,
     ties: Annotated[
         str, typer.Option(help="spread equal whole-second stamps inside their second, or keep them.")
     ] = "spread",
@@ -602,14 +623,24 @@ def replay(
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
 ) -> None:
     """Send a trace to a server, open loop on absolute deadlines, and report what came back."""
+    from replay.arrivals import ArrivalOptions
     from replay.runner import ReplayOptions
     from replay.runner import replay as run
+    from replay.source import SourceOptions
 
     _known_format(format)
     literal: Any = {"ties": ties, "endpoint": endpoint}
+    named: Any = process
     try:
+        source = SourceOptions(
+            start_s=start, duration_s=duration, models=tuple(only_model or ()),
+            log_types=_one_of(only_log_type, LOG_TYPES, "--only-log-type"), sessions=tuple(only_session or ()),
+            outcomes=tuple(only_outcome or ()), idle_cap_s=idle_cap, passes=loop or None, rate_scale=rate_scale,
+            target_rps=target_rps, speed=speed,
+        )  # fmt: skip
         options = ReplayOptions(
-            target=target, model=model, speed=speed, limit=limit, start_s=start, duration_s=duration, seed=seed,
+            target=target, model=model, speed=speed, limit=limit, source=source,
+            arrivals=ArrivalOptions(named, rate, shape, curve), warmup_s=warmup, seed=seed,
             stream=stream, format=format, api_key_env=api_key_env, run_id=run_id, samples=samples, json=json,
             max_in_flight=max_in_flight, timeout_s=timeout, max_error_rate=max_error_rate, quiet=quiet, **literal,
         )  # fmt: skip

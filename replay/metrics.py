@@ -114,6 +114,9 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool
     run_id: str
     speed: float
+    warmup_s: float = 0.0
+    process: str = "trace"
+    """Of the arrivals."""
     seed: int
     ties: str
     max_in_flight: int | None
@@ -146,8 +149,10 @@ class Summary(Workload, frozen=True, kw_only=True):
 
     loop: str = "open"
     """Sends never wait for completions."""
+    warmup: int = 0
+    """Requests that were due within `warmup_s`: sent, and in no figure but this one."""
     sent: int
-    """Requests tried; each is in `ok` or in `failures`."""
+    """Other requests tried; each is in `ok` or in `failures`."""
     ok: int
     failures: dict[str, int]
     """By outcome."""
@@ -160,7 +165,7 @@ class Summary(Workload, frozen=True, kw_only=True):
     duration_s: float | None
     """First send to the last byte."""
     offered_rps: float | None
-    """Sent over `schedule_s`."""
+    """Sent over `schedule_s` without the warm-up."""
     achieved_rps: float | None
     """Ok over `duration_s`."""
     request_tokens_per_s: float | None
@@ -218,6 +223,8 @@ class Tally:
         }
         self._prompts = _FidelityCount()
         self._outputs = _FidelityCount()
+        self.warmup = 0
+        """Requests that are counted and nothing else."""
         self._last_due_s: float | None = None
         self._first_sent_s = math.inf
         self._last_end_s = -math.inf
@@ -264,6 +271,7 @@ class Tally:
         prompts, outputs = self._prompts.result(), self._outputs.result()
         return Summary(
             **msgspec.structs.asdict(workload),
+            warmup=self.warmup,
             sent=sent,
             ok=ok,
             failures={name: n for name, n in sorted(self._outcomes.items()) if n and name != Outcome.OK},
@@ -271,7 +279,7 @@ class Tally:
             error_rate=(sent - ok) / sent if sent else None,
             schedule_s=self._last_due_s,
             duration_s=duration_s,
-            offered_rps=_rate(sent, self._last_due_s),
+            offered_rps=_rate(sent, None if self._last_due_s is None else self._last_due_s - workload.warmup_s),
             achieved_rps=_rate(ok, duration_s),
             request_tokens_per_s=_rate(prompts.got_tokens if prompts.known else None, duration_s),
             response_tokens_per_s=_rate(outputs.got_tokens if outputs.known else None, duration_s),

@@ -89,11 +89,15 @@ def _overview(summary: Summary) -> list[str]:
     skipped = [f"{summary.failed_in_source:,} failed in the trace and were not sent"]
     if summary.without_tokens:
         skipped.append(f"{summary.without_tokens:,} without token counts")
+    if summary.warmup:
+        skipped.append(f"{summary.warmup:,} sent in the first {summary.warmup_s:g} s and not measured")
     if summary.unsent:
         skipped.append(f"{summary.unsent:,} not sent any more")
+    arrivals = "" if summary.process == "trace" else f", arrivals {summary.process}"
     return [
         f"replay {summary.run_id} of model {summary.model} at {summary.target}, {summary.endpoint}, {streaming}",
-        f"open loop (sends wait for no completion), speed {summary.speed:g}, seed {summary.seed}, ties {summary.ties}",
+        f"open loop (sends wait for no completion), speed {summary.speed:g}, seed {summary.seed}, ties {summary.ties}"
+        f"{arrivals}",
         f"rows      {summary.rows_read:,} read, {', '.join(skipped)}",
         f"requests  {summary.sent:,} sent, {summary.ok:,} ok, failures: {failures}",
         f"rate      {_rate(summary.offered_rps)} offered over {_seconds(summary.schedule_s)}, "

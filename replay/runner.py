@@ -26,19 +26,23 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
 from replay.ahead import COUNTERS, Ahead, Prepared
+from replay.arrivals import ArrivalOptions, open_process, retime
 from replay.client import FAMILIES, Endpoint, check_target, read_api_key, request_headers, send
 from replay.client import ReplayError as ReplayError
 from replay.metrics import Summary, Tally, Workload
 from replay.report import Progress, progress_shown, render
 from replay.sample import SamplesFile, measure
 from replay.schedule import Planned, PlanOptions, Ties, plan
+from replay.source import SourceOptions, select
+from replay.timer import Alarm
 from traces.codec import read_trace
 from traces.record import Outcome
 from wire.http import HttpClient
@@ -51,6 +55,8 @@ PROGRESS_S = 0.5
 SWITCH_INTERVAL_S = 0.0005
 """How long the thread that reads the trace may keep the loop from the interpreter; Python's 5 ms would be lag."""
 
+_ARRIVALS = 1
+"""The random numbers of arrivals; prompts and ties have the seed's own."""
 _RUN_ID = re.compile(r"[!-~]{1,100}")
 
 
@@ -63,8 +69,12 @@ class ReplayOptions:
     model: str
     speed: float = 1.0
     limit: int | None = None
-    start_s: float = 0.0
-    duration_s: float | None = None
+    source: SourceOptions = field(default_factory=SourceOptions)
+    """Which rows of the trace; its speed and seed are set from here."""
+    arrivals: ArrivalOptions = field(default_factory=ArrivalOptions)
+    """When they are due, if not as the trace says."""
+    warmup_s: float = 0.0
+    """Of the replay: what is due before is sent, and in none of the figures."""
     seed: int = 0
     ties: Ties = "spread"
     endpoint: Endpoint = "chat"
@@ -86,6 +96,8 @@ class ReplayOptions:
 
     def __post_init__(self) -> None:
         self.plan_options()
+        if self.arrivals.process != "trace" and self.speed != 1:
+            raise ValueError(f"speed: expected 1 with the process {self.arrivals.process}, got {self.speed:g}")
         if self.endpoint not in FAMILIES:
             raise ValueError(f"endpoint: expected chat or completions, got {self.endpoint!r}")
         if not self.model:
@@ -101,7 +113,7 @@ class ReplayOptions:
 
     def plan_options(self) -> PlanOptions:
         """The schedule's part."""
-        return PlanOptions(self.speed, self.start_s, self.duration_s, self.limit, self.ties, self.seed)
+        return PlanOptions(self.speed, 0.0, None, self.limit, self.ties, self.seed, self.warmup_s)
 
     def is_over_error_rate(self, summary: Summary) -> bool:
         """More requests failed than `max_error_rate` allows."""
@@ -122,6 +134,16 @@ class Stop:
         self.sending.set()
 
 
+def plan_file(trace: Path, options: ReplayOptions) -> Iterator[Planned]:
+    """The schedule of a trace file, read as it is asked for. Raises as `replay` does."""
+    source = dataclasses.replace(options.source, speed=options.speed, seed=options.seed)
+    batches = select(lambda: read_trace(trace, format=options.format), source)
+    process = open_process(options.arrivals)
+    if process is not None:
+        batches = retime(batches, process, np.random.default_rng([options.seed, _ARRIVALS]))
+    return plan(batches, options.plan_options())
+
+
 def replay(trace: Path, options: ReplayOptions, *, console: Console) -> Summary:
     """Replay a trace file; blocks until it is over, shows progress and the summary, writes the files asked for.
 
@@ -130,7 +152,7 @@ def replay(trace: Path, options: ReplayOptions, *, console: Console) -> Summary:
     """
     if options.json is not None and not options.json.parent.is_dir():
         raise ReplayError(f"summary file {options.json}: no such directory")
-    planned = plan(read_trace(trace, format=options.format), options.plan_options())
+    planned = plan_file(trace, options)
     stop = Stop()
     with asyncio.Runner(loop_factory=_fast_loop()) as runner, ExitStack() as undo:
         undo.enter_context(_signals(runner.get_loop(), stop.press))
@@ -256,10 +278,15 @@ class _Run:
         gc.freeze()  # what exists now stays: a collection during the run need not walk it
         self._started_at = time.time()
         self._start_ns = start_ns = time.monotonic_ns()
+        alarm = Alarm()
+        try:
+            await self._send_all(requests, alarm, start_ns)
+        finally:
+            alarm.close()
+
+    async def _send_all(self, requests: asyncio.TaskGroup, alarm: Alarm, start_ns: int) -> None:
         while (prepared := await self._ahead.next()) is not None:
-            due_ns = start_ns + round(prepared.row.due_s * 1e9)
-            while (wait_ns := due_ns - time.monotonic_ns()) > 0:
-                await asyncio.sleep(min(wait_ns / 1e9, 3600.0))
+            await alarm.until(start_ns + round(prepared.row.due_s * 1e9))
             if self._slots is not None:
                 await self._slots.acquire()
             self._tried += 1
@@ -291,7 +318,10 @@ class _Run:
             self._is_idle.set()
         self._ahead.learn_from(prepared, reply.usage)
         sample = measure(row, reply, start_ns)
-        self._tally.add(sample, reply.gaps_ns)
+        if row.is_warmup:
+            self._tally.warmup += 1
+        else:
+            self._tally.add(sample, reply.gaps_ns)
         if self._samples is not None:
             self._samples.write(sample)
 
@@ -301,7 +331,7 @@ class _Run:
             await asyncio.sleep(PROGRESS_S)
 
     def _progress(self) -> Progress:
-        ended, ok = self._tally.ended, self._tally.ok
+        ended, ok = self._tally.ended + self._tally.warmup, self._tally.ok + self._tally.warmup
         elapsed_s = None if self._start_ns is None else (time.monotonic_ns() - self._start_ns) / 1e9
         is_draining = self._stop.sending.is_set()
         return Progress(elapsed_s, self._tried, ok, ended - ok, self._in_flight, is_draining=is_draining)
@@ -315,6 +345,8 @@ class _Run:
             stream=options.stream,
             run_id=self._run_id,
             speed=options.speed,
+            warmup_s=options.warmup_s,
+            process=options.arrivals.process,
             seed=options.seed,
             ties=options.ties,
             max_in_flight=options.max_in_flight,

@@ -44,6 +44,8 @@ class Sample(msgspec.Struct, frozen=True, gc=False):
     status: int | None
     outcome: Outcome
     error: str | None = None
+    is_warmup: bool = False
+    """In no figure of the summary."""
 
 
 def measure(row: Planned, reply: Reply, start_ns: int) -> Sample:
@@ -69,6 +71,7 @@ def measure(row: Planned, reply: Reply, start_ns: int) -> Sample:
         status=reply.status,
         outcome=reply.outcome,
         error=reply.error,
+        is_warmup=row.is_warmup,
     )
 
 

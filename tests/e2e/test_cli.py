@@ -137,8 +137,15 @@ _SERVE = ("serve", "--upstream", DOWN, "--port", "0", "--control-port", "0")
         ([*_REPLAY, "good.csv"], 1, f"cannot reach the target: {DOWN}"),
         ([*_REPLAY, "good.csv", "--speed", "0"], 2, "speed: expected"),
         ([*_REPLAY, "good.csv", "--ties", "x"], 2, "ties: expected spread or keep, got 'x'"),
+        ([*_REPLAY, "good.csv", "--rate-scale", "0"], 2, "rate scale: expected above 0 to 1000, got 0"),
+        ([*_REPLAY, "good.csv", "--process", "poisson"], 2, "rate: expected with the process poisson, got none"),
+        ([*_REPLAY, "good.csv", "--only-log-type", "x"], 2, "--only-log-type: expected one of conversation, api, got"),
+        (["convert", "minus.csv", "x.parquet"], 1, "minus.csv:3: column 'Response tokens': expected an integer >= 0,"),
+        (["fit", "empty.csv", "-o", "p.json"], 1, "empty.csv:1: expected a header line, got an empty file"),
+        (["generate", "-o", "x.csv"], 2, "generate: name a --profile, a --process"),
+        (["generate", "-o", "x.csv", "--process", "poisson", "--rate", "1"], 2, "generate: name a --duration, --rows"),
         # options of one command
-        ([*_EXPORT, "--format", "xml"], 2, "--format: expected one of burstgpt, burstgpt6, parquet, jsonl, got 'xml'"),
+        ([*_EXPORT, "--format", "xml"], 2, "--format: expected one of burstgpt, burstgpt6, parquet, jsonl, azure,"),
         ([*_EXPORT, "--outcome", "fine"], 2, "--outcome: expected one of ok, rejected,"),
         ([*_EXPORT, "--log-type", "x"], 2, "--log-type: expected one of conversation, api, got 'x'"),
         ([*_EXPORT, "--from", "yesterday"], 2, "--from: expected ISO 8601 or epoch seconds, got 'yesterday'"),
@@ -406,6 +413,10 @@ def test_simulate_and_replay(run: Run, tmp_path: Path) -> None:
         arguments = ("replay", "--target", url, "--model", "simulated", "--speed", "100", "--quiet")
         assert run(*arguments, "good.csv", "--json", "s.json", "--samples", "s.jsonl")[0] == 0
         assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 2
+        replay = ("replay", "--target", url, "--model", "simulated", "--quiet", "good.csv", "--json", "s.json")
+        assert run(*replay, "--loop", "3", "--process", "gamma", "--rate", "50", "--shape", "0.5")[0] == 0
+        summary = json.loads((tmp_path / "s.json").read_text())
+        assert (summary["process"], summary["sent"], summary["ok"]) == ("gamma", 6, 6)
         for flag in ("--json", "--samples"):
             status, _, err = run(*arguments, "good.csv", flag, "nowhere/s")
             assert (status, err.count("\n")) == (1, 1), err

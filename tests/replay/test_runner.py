@@ -14,18 +14,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from rich.console import Console
 
+from replay.arrivals import ArrivalOptions
 from replay.client import MAX_ANSWER_BYTES, header_value, outcome_of
 from replay.metrics import Summary
-from replay.runner import ReplayError, ReplayOptions, Stop, replay, run
+from replay.report import render
+from replay.runner import ReplayError, ReplayOptions, Stop, plan_file, replay, run
 from replay.sample import Sample
 from replay.schedule import Planned
 from replay.simulator.config import SimulatorConfig
 from replay.simulator.server import running
+from replay.source import SourceOptions
 from traces.record import Outcome
 from wire.accounting import Accounted
 from wire.shapes import Usage
@@ -441,6 +445,8 @@ def test_a_target_need_not_list_its_models(listing: Answer) -> None:
         ({"timeout_s": 0}, "timeout: expected seconds > 0"),
         ({"max_error_rate": 1.5}, "max error rate: expected 0 to 1"),
         ({"speed": -1}, "speed: expected"),
+        ({"speed": 2, "arrivals": ArrivalOptions("poisson", 1.0)}, "speed: expected 1 with the process poisson"),
+        ({"warmup_s": -1}, "warmup: expected seconds >= 0"),
     ],
 )
 def test_wrong_options(wrong: dict[str, object], message: str) -> None:
@@ -549,7 +555,7 @@ def test_a_file_to_a_report(simulator: str, tmp_path: Path) -> None:
 def test_an_unsorted_file_names_the_row(simulator: str, tmp_path: Path) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text(HEADER + "5,ChatGPT,40,3,43,API log\n4,ChatGPT,40,3,43,API log\n")
-    with pytest.raises(ValueError, match=r"row 2: received_at: .* sort it"):
+    with pytest.raises(ValueError, match=r"row 2: received_at: .*; sort the trace"):
         replay(trace, ReplayOptions(simulator, "simulated"), console=Console(file=io.StringIO()))
 
 
@@ -595,6 +601,62 @@ def test_a_real_trace(simulator: str, tmp_path: Path) -> None:
     assert (summary.prompts.exact_share, summary.outputs.exact_share) == (1.0, 1.0)
     assert summary.dispatch_lag_s is not None
     assert summary.dispatch_lag_s.p50 < 0.05
+
+
+@pytest.fixture
+def hourly(tmp_path: Path) -> Path:
+    """12 rows, 10 s apart, of two models, then one an hour later."""
+    lines = [f"{5 + 10 * n},,1,{'a' if n % 3 else 'b'},20,3,23,API log" for n in range(12)]
+    lines.append("3715,,1,a,20,3,23,API log")
+    path = tmp_path / "trace.csv"
+    path.write_text("Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type\n")
+    with path.open("a") as file:
+        file.write("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "dues_s"),
+    [
+        ({}, [*range(0, 120, 10), 3710]),
+        ({"speed": 10}, [*range(12), 371]),
+        ({"limit": 3}, [0, 10, 20]),
+        ({"source": SourceOptions(start_s=95, duration_s=20)}, [0, 10]),
+        ({"source": SourceOptions(models=("b",))}, [0, 30, 60, 90]),
+        ({"source": SourceOptions(models=("b",), passes=2)}, [0, 30, 60, 90, 120, 150, 180, 210]),
+        ({"source": SourceOptions(idle_cap_s=60)}, [*range(0, 120, 10), 170]),
+        ({"source": SourceOptions(idle_cap_s=60), "speed": 10, "limit": 13}, [*range(12), 17]),
+        ({"arrivals": ArrivalOptions("constant", 4.0)}, [n / 4 for n in range(13)]),
+    ],
+)
+def test_options_choose_rows_and_times(options: dict[str, Any], dues_s: list[float], hourly: Path) -> None:
+    planned = list(plan_file(hourly, ReplayOptions("", "m", ties="keep", **options)))
+    offset_s = planned[0].due_s if "arrivals" in options else 0.0  # a process begins with a gap
+    assert [round(row.due_s - offset_s, 6) for row in planned] == dues_s
+    assert planned == list(plan_file(hourly, ReplayOptions("", "m", ties="keep", **options)))
+
+
+def test_arrivals_follow_the_seed(hourly: Path) -> None:
+    arrivals = ArrivalOptions("gamma", 10.0, 0.25)
+    dues_s = [[row.due_s for row in plan_file(hourly, ReplayOptions("", "m", arrivals=arrivals, seed=n))]
+              for n in (0, 0, 1)]  # fmt: skip
+    assert dues_s[0] == dues_s[1] != dues_s[2]
+    assert all(times_s == sorted(times_s) and len(times_s) == 13 for times_s in dues_s)
+
+
+def test_the_warm_up_is_sent_and_not_measured(simulator: str, hourly: Path, tmp_path: Path) -> None:
+    options = ReplayOptions(
+        simulator, "simulated", speed=100, limit=12, warmup_s=0.55, samples=tmp_path / "s", quiet=True
+    )
+    summary = replay(hourly, options, console=Console())
+    samples = samples_of(tmp_path / "s")
+    assert [sample.is_warmup for sample in sorted(samples, key=lambda sample: sample.index)] == [True] * 6 + [False] * 6
+    assert (summary.warmup, summary.sent, summary.ok, summary.unsent) == (6, 6, 6, 0)
+    assert (summary.prompts.known, summary.schedule_s, summary.rows_read) == (6, 1.1, 12)
+    assert summary.offered_rps == pytest.approx(6 / 0.55)
+    output = io.StringIO()
+    Console(file=output, width=200).print(render(summary))
+    assert "6 sent in the first 0.55 s and not measured" in output.getvalue()
 
 
 def test_steady_schedule_does_not_drift(simulator: str, tmp_path: Path) -> None:
