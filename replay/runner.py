@@ -137,7 +137,8 @@ class Stop:
 def plan_file(trace: Path, options: ReplayOptions) -> Iterator[Planned]:
     """The schedule of a trace file, read as it is asked for. Raises as `replay` does."""
     source = dataclasses.replace(options.source, speed=options.speed, seed=options.seed)
-    batches = select(lambda: read_trace(trace, format=options.format), source)
+    opened = [read_trace(trace, format=options.format)]  # now, so that a file that is none is said before all else
+    batches = select(lambda: opened.pop() if opened else read_trace(trace, format=options.format), source)
     process = open_process(options.arrivals)
     if process is not None:
         batches = retime(batches, process, np.random.default_rng([options.seed, _ARRIVALS]))
