@@ -158,7 +158,7 @@ def _rows(stream: BinaryIO, header: list[str], path: Path) -> Iterator[tuple[pl.
     line = 2
     for chunk in chunks:
         unix = chunk.replace(b"\r\n", b"\n") if b"\r" in chunk else chunk
-        if _is_plain(unix, len(header)):
+        if is_plain(unix, len(header)):
             frame = pl.read_csv(
                 unix,
                 has_header=False,
@@ -168,10 +168,10 @@ def _rows(stream: BinaryIO, header: list[str], path: Path) -> Iterator[tuple[pl.
             yield frame, range(line, line + frame.height)
             line += frame.height
         else:
-            line = yield from _quoted_rows(chunk, chunks, line, header, places, path)
+            line = yield from quoted_rows(chunk, chunks, line, header, places, path)
 
 
-def _is_plain(chunk: bytes, width: int) -> bool:
+def is_plain(chunk: bytes, width: int) -> bool:
     """Whether each line is `width` fields of UTF-8 without quotes, and of a permitted length."""
     if b'"' in chunk or b"\r" in chunk or b"\0" in chunk:
         return False
@@ -194,7 +194,7 @@ def _is_plain(chunk: bytes, width: int) -> bool:
     )
 
 
-def _quoted_rows(
+def quoted_rows(
     chunk: bytes, chunks: Iterator[bytes], first_line: int, header: list[str], places: Mapping[str, int], path: Path
 ) -> Generator[tuple[pl.DataFrame, Sequence[int]], None, int]:
     """As `_rows`, for a chunk that the csv module must read, and the next ones where a quoted field goes on in them.

@@ -25,7 +25,7 @@ from typing import BinaryIO, Final
 import polars as pl
 
 from traces.batch import complete_batch
-from traces.burstgpt import MAX_LINE_BYTES, TIMESTAMP_LIMIT_S, _is_plain, _quoted_rows, request_ids
+from traces.burstgpt import MAX_LINE_BYTES, TIMESTAMP_LIMIT_S, is_plain, quoted_rows, request_ids
 from traces.codec import Rule, TraceClock, TraceFormatError, line_chunks, read_header, require, shown
 from traces.record import LogType, Origin, TokenSource
 
@@ -102,7 +102,7 @@ def _rows(
     line = 2
     for chunk in chunks:
         unix = chunk.replace(b"\r\n", b"\n") if b"\r" in chunk else chunk
-        if _is_plain(unix, len(header)):
+        if is_plain(unix, len(header)):
             frame = pl.read_csv(
                 unix,
                 has_header=False,
@@ -112,7 +112,7 @@ def _rows(
             yield frame, range(line, line + frame.height)
             line += frame.height
         else:
-            quoted = _quoted_rows(chunk, chunks, line, header, places, path)
+            quoted = quoted_rows(chunk, chunks, line, header, places, path)
             while True:
                 try:
                     frame, lines = next(quoted)
