@@ -124,7 +124,7 @@ def wait_settled(installation: Installation, workers: int) -> None:
         wait_until(lambda: len(installation.pids(part)) == count, TAKE_OVER_S, f"{count} {part}")  # type: ignore[arg-type]  # noqa: B023
 
 
-@pytest.mark.parametrize("rounds", [1, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_nobody_notices_reloads_restarts_and_another_number_of_workers(rounds: int, tmp_path: Path) -> None:
     with Simulator("--fast") as simulator:
         config = Config(tmp_path / "burstgate.yaml", upstreams=[simulator.url], workers=2)
