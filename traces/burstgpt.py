@@ -109,7 +109,8 @@ def read(path: Path, *, required: Sequence[str], clock: TraceClock, dataset: str
         header = read_header(stream, path)
         _check_header(header, required, path)
         rules = [rule for rule in _RULES if rule.column in header]
-        for frame, lines in _rows(stream, header, path):
+        places: dict[str, int] = {name: header.index(name) for name in COLUMNS_8 if name in header}
+        for frame, lines in text_rows(stream, header, places, path):
             require(frame, rules, path, lines)
             yield _to_batch(frame, zero_s, dataset, first_row)
             first_row += frame.height
@@ -151,14 +152,15 @@ def _check_header(header: list[str], required: Sequence[str], path: Path) -> Non
         )
 
 
-def _rows(stream: BinaryIO, header: list[str], path: Path) -> Iterator[tuple[pl.DataFrame, Sequence[int]]]:
-    """The known columns as text, with each row's line in the file."""
-    places: dict[str, int] = {name: header.index(name) for name in COLUMNS_8 if name in header}
+def text_rows(
+    stream: BinaryIO, header: list[str], places: Mapping[str, int], path: Path
+) -> Iterator[tuple[pl.DataFrame, Sequence[int]]]:
+    """The columns of a CSV file at `places` as text, with each row's line in the file. stream: behind the header."""
     chunks = line_chunks(stream, path, 2, MAX_LINE_BYTES)
     line = 2
     for chunk in chunks:
         unix = chunk.replace(b"\r\n", b"\n") if b"\r" in chunk else chunk
-        if is_plain(unix, len(header)):
+        if _is_plain(unix, len(header)):
             frame = pl.read_csv(
                 unix,
                 has_header=False,
@@ -168,10 +170,10 @@ def _rows(stream: BinaryIO, header: list[str], path: Path) -> Iterator[tuple[pl.
             yield frame, range(line, line + frame.height)
             line += frame.height
         else:
-            line = yield from quoted_rows(chunk, chunks, line, header, places, path)
+            line = yield from _quoted_rows(chunk, chunks, line, header, places, path)
 
 
-def is_plain(chunk: bytes, width: int) -> bool:
+def _is_plain(chunk: bytes, width: int) -> bool:
     """Whether each line is `width` fields of UTF-8 without quotes, and of a permitted length."""
     if b'"' in chunk or b"\r" in chunk or b"\0" in chunk:
         return False
@@ -194,10 +196,10 @@ def is_plain(chunk: bytes, width: int) -> bool:
     )
 
 
-def quoted_rows(
+def _quoted_rows(
     chunk: bytes, chunks: Iterator[bytes], first_line: int, header: list[str], places: Mapping[str, int], path: Path
 ) -> Generator[tuple[pl.DataFrame, Sequence[int]], None, int]:
-    """As `_rows`, for a chunk that the csv module must read, and the next ones where a quoted field goes on in them.
+    """As `text_rows`, for a chunk that the csv module must read, and the next ones where a quoted field goes on.
 
     Returns the line after the last that it took. What comes before a malformed line is yielded before that raises.
     """

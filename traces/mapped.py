@@ -25,8 +25,8 @@ from typing import BinaryIO, Final
 import polars as pl
 
 from traces.batch import complete_batch
-from traces.burstgpt import MAX_LINE_BYTES, TIMESTAMP_LIMIT_S, is_plain, quoted_rows, request_ids
-from traces.codec import Rule, TraceClock, TraceFormatError, line_chunks, read_header, require, shown
+from traces.burstgpt import TIMESTAMP_LIMIT_S, request_ids, text_rows
+from traces.codec import Rule, TraceClock, TraceFormatError, read_header, require, shown
 from traces.record import LogType, Origin, TokenSource
 
 TARGETS: Final = ("timestamp", "timestamp_ms", "prompt_tokens", "output_tokens", "session", "model", "elapsed_s")
@@ -98,28 +98,8 @@ def _rows(
 ) -> Iterator[tuple[pl.DataFrame, Sequence[int]]]:
     """The wanted columns as text without spaces around it, with each row's line in the file."""
     places = {name: index for index, name in enumerate(header) if name in wanted}
-    chunks = line_chunks(stream, path, 2, MAX_LINE_BYTES)
-    line = 2
-    for chunk in chunks:
-        unix = chunk.replace(b"\r\n", b"\n") if b"\r" in chunk else chunk
-        if is_plain(unix, len(header)):
-            frame = pl.read_csv(
-                unix,
-                has_header=False,
-                schema={str(place): pl.String() for place in range(len(header))},
-                quote_char=None,
-            ).select(pl.col(str(place)).fill_null("").str.strip_chars().alias(name) for name, place in places.items())
-            yield frame, range(line, line + frame.height)
-            line += frame.height
-        else:
-            quoted = quoted_rows(chunk, chunks, line, header, places, path)
-            while True:
-                try:
-                    frame, lines = next(quoted)
-                except StopIteration as end:
-                    line = end.value
-                    break
-                yield frame.select(pl.all().str.strip_chars()), lines
+    for frame, lines in text_rows(stream, header, places, path):
+        yield frame.select(pl.all().str.strip_chars()), lines
 
 
 def _rules(columns: Mapping[str, str], may_be_empty: bool) -> Iterator[Rule]:
