@@ -11,7 +11,7 @@ import sys
 import zoneinfo
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 import sqlalchemy as sa
@@ -473,6 +473,23 @@ def stats(
         render(summary, Console(highlight=False))
 
 
+@contextlib.contextmanager
+def _whole(output: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name when it is whole; - is standard output. An OSError names the file."""
+    if output == Path("-"):
+        yield sys.stdout.buffer
+        return
+    part = output.with_name(f".{output.name}.part")
+    try:
+        with part.open("wb") as stream:
+            yield stream
+        part.replace(output)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(output)) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
 @app.command()
 def fit(
     trace: Path,
@@ -489,11 +506,8 @@ def fit(
     _known_timezone(timezone)
     clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone)
     profile = fit_profile(read_trace(trace, format=format, clock=clock))
-    data = encode_profile(profile)
-    if output == Path("-"):
-        sys.stdout.write(data.decode())
-    else:
-        output.write_bytes(data)
+    with _whole(output) as stream:
+        stream.write(encode_profile(profile))
     print(
         f"{output}: {len(profile.services)} services of {profile.requests:,} requests,"
         f" {profile.mean_rps:.4g} requests/s on average",
@@ -542,7 +556,10 @@ def generate(
     if profile is not None and (request_tokens, response_tokens) != (None, None):
         raise ConfigError("--request-tokens: lengths are the profile's where one is given")
     start_s = _stamp(start, None, "--start") or 0.0
-    fitted = None if profile is None else decode_profile(profile.read_bytes())
+    try:
+        fitted = None if profile is None else decode_profile(profile.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{profile}: {error}") from None
     try:
         literal: Any = process or "trace"
         options = ArrivalOptions(literal, rate, shape, curve, fitted)
@@ -563,19 +580,11 @@ def generate(
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    is_file = output != Path("-")
-    part = output.with_name(f".{output.name}.part")
-    try:
-        with part.open("wb") if is_file else contextlib.nullcontext(sys.stdout.buffer) as stream:
-            writer = open_writer(stream, format=format)
-            for batch in batches:
-                writer.write(batch)
-            report = writer.close()
-        if is_file:
-            part.replace(output)
-    finally:
-        if is_file:
-            part.unlink(missing_ok=True)
+    with _whole(output) as stream:
+        writer = open_writer(stream, format=format)
+        for batch in batches:
+            writer.write(batch)
+        report = writer.close()
     dropped = "".join(f", {n:,} dropped: {reason}" for reason, n in report.dropped.items())
     print(f"{output}: {report.rows_written:,} of {report.rows_in:,} rows as {format}{dropped}", file=sys.stderr)
 

@@ -142,6 +142,8 @@ _SERVE = ("serve", "--upstream", DOWN, "--port", "0", "--control-port", "0")
         ([*_REPLAY, "good.csv", "--only-log-type", "x"], 2, "--only-log-type: expected one of conversation, api, got"),
         (["convert", "minus.csv", "x.parquet"], 1, "minus.csv:3: column 'Response tokens': expected an integer >= 0,"),
         (["fit", "empty.csv", "-o", "p.json"], 1, "empty.csv:1: expected a header line, got an empty file"),
+        (["generate", "--profile", "empty.csv", "--rows", "5", "-o", "x.csv"], 1, "empty.csv: profile: expected"),
+        (["generate", "--process", "poisson", "--rate", "9", "--rows", "9", "-o", "no/x.csv"], 1, "no/x.csv: No such"),
         (["generate", "-o", "x.csv"], 2, "generate: name a --profile, a --process"),
         (["generate", "-o", "x.csv", "--process", "poisson", "--rate", "1"], 2, "generate: name a --duration, --rows"),
         # options of one command
