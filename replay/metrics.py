@@ -69,6 +69,13 @@ class Histogram:
         self._min_s = min(self._min_s, float(values_s.min()))
         self._max_s = max(self._max_s, float(values_s.max()))
 
+    def merge(self, other: Histogram) -> None:
+        """Take all values of another."""
+        self._bins += other._bins
+        self._sum_s += other._sum_s
+        self._min_s = min(self._min_s, other._min_s)
+        self._max_s = max(self._max_s, other._max_s)
+
     def distribution(self) -> Distribution | None:
         """The figures; None when there is no value."""
         count = int(self._bins.sum())
@@ -103,6 +110,25 @@ class Fidelity(msgspec.Struct, frozen=True):
     """Largest difference, either way."""
     asked_tokens: int
     got_tokens: int
+
+
+class SenderFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """One sender process: what it did and whether it could keep up."""
+
+    name: str
+    """Unique in the run, as `host:pid`."""
+    host: str
+    sent: int
+    dispatch_lag_s: Distribution | None
+    wake_lag_s: Distribution | None
+    cpu_share: float | None
+    """Its CPU seconds over its wall seconds while it sent; one process can use 1 core."""
+    stall_max_s: float | None
+    """Longest time that its event loop did not turn."""
+    clock_offset_s: float | None = None
+    """Its epoch clock minus the coordinator's; None on the coordinator's own host."""
+    clock_error_s: float | None = None
+    """That estimate's bound: half the shortest round trip."""
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,6 +168,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """Sent rows that ask for more than that."""
     samples_error: str | None
     """Why the samples file is not whole."""
+    senders: tuple[SenderFacts, ...] = ()
 
 
 class Summary(Workload, frozen=True, kw_only=True):
@@ -199,6 +226,13 @@ class _FidelityCount:
         self._got += got
         self._max_error = max(self._max_error, abs(asked - got))
 
+    def merge(self, other: _FidelityCount) -> None:
+        self._known += other._known
+        self._exact += other._exact
+        self._asked += other._asked
+        self._got += other._got
+        self._max_error = max(self._max_error, other._max_error)
+
     def result(self) -> Fidelity:
         known = self._known
         return Fidelity(
@@ -212,7 +246,7 @@ class _FidelityCount:
 
 
 class Tally:
-    """Takes the samples as they end, in any order."""
+    """Takes the samples as they end, in any order. Can be pickled: a sender sends its own, and all are merged."""
 
     def __init__(self) -> None:
         self._outcomes: Counter[str] = Counter()
@@ -258,6 +292,22 @@ class Tally:
         self._histograms["itl_s"].add_all(np.asarray(gaps_ns, np.float64) / 1e9)
         self._prompts.add(sample.request_tokens_asked, sample.request_tokens_got)
         self._outputs.add(sample.response_tokens_asked, sample.response_tokens_got)
+
+    def merge(self, other: Tally) -> None:
+        """Take all that another one took."""
+        self._outcomes += other._outcomes
+        for text, n in other._errors.items():
+            is_listed = text in self._errors or len(self._errors) < MAX_ERRORS
+            self._errors[text if is_listed else "others"] += n
+        for name, histogram in self._histograms.items():
+            histogram.merge(other._histograms[name])
+        self._prompts.merge(other._prompts)
+        self._outputs.merge(other._outputs)
+        self.warmup += other.warmup
+        if other._last_due_s is not None:
+            self._last_due_s = max(other._last_due_s, self._last_due_s or 0.0)
+        self._first_sent_s = min(self._first_sent_s, other._first_sent_s)
+        self._last_end_s = max(self._last_end_s, other._last_end_s)
 
     def _add_duration(self, name: str, value_s: float | None) -> None:
         if value_s is not None:

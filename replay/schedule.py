@@ -86,6 +86,10 @@ class Planned(msgspec.Struct, frozen=True, gc=False):
     """The trace's outcome is not `ok`."""
     is_warmup: bool = False
     """To be sent and not measured."""
+    elapsed_s: float | None = None
+    """How long the request took where the trace was recorded."""
+    prefix_blocks: tuple[int, ...] | None = None
+    """Of its prompt, as the trace has them."""
 
     @property
     def is_sendable(self) -> bool:
@@ -101,6 +105,8 @@ class _Row(NamedTuple):
     response_tokens: int | None
     log_type: str
     outcome: str
+    elapsed_s: float | None
+    prefix_blocks: list[int] | None
 
 
 def plan(batches: Iterable[pl.DataFrame], options: PlanOptions) -> Iterator[Planned]:
@@ -130,6 +136,8 @@ def plan(batches: Iterable[pl.DataFrame], options: PlanOptions) -> Iterator[Plan
             row.log_type,
             row.outcome != Outcome.OK,
             due_s < options.warmup_s,
+            row.elapsed_s,
+            None if row.prefix_blocks is None else tuple(row.prefix_blocks),
         )
 
 
