@@ -317,6 +317,8 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write; - is standard output.")],
     format: Format = None,
     failures: Annotated[str, typer.Option(help="keep or drop failed requests.")] = "keep",
+    relabel_model: Annotated[str | None, typer.Option(help="Name every row's model so.")] = None,
+    salt: Annotated[str | None, typer.Option(help="For the same block ids again.  [default: a new one]")] = None,
     stamps: Annotated[str | None, typer.Option(help="int or float Timestamps.")] = None,
     timezone: Timezone = None,
     day_zero: DayZero = None,
@@ -354,6 +356,8 @@ def export(
             day_zero=day_zero.date() if day_zero is not None else None,
             timezone=timezone,
             failures="drop" if failures == "drop" else "keep",
+            model=relabel_model,
+            salt=None if salt is None else salt.encode(),
             stamps=None if stamps is None else ("int" if stamps == "int" else "float"),
         )
     dropped = "".join(f", {n:,} dropped: {reason}" for reason, n in report.dropped.items())
@@ -479,9 +483,19 @@ def stats(
 
 @contextlib.contextmanager
 def _whole(output: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is whole; - is standard output. An OSError names the file."""
+    """A file that gets its name when it is whole; - is standard output, and a device or a pipe is written straight.
+
+    An OSError names the file.
+    """
     if output == Path("-"):
         yield sys.stdout.buffer
+        return
+    if output.exists() and not output.is_file() and not output.is_dir():  # what is no file is not to be replaced
+        try:
+            with output.open("wb") as stream:
+                yield stream
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(output)) from None
         return
     part = output.with_name(f".{output.name}.part")
     try:

@@ -21,8 +21,9 @@ import numpy as np
 import polars as pl
 
 from replay.arrivals import ArrivalOptions, open_process, retime
-from replay.source import SourceOptions, counted_fields, select
-from traces.codec import read_trace
+from replay.source import SourceOptions, counted_fields, select, takes_every_row
+from traces import burstgpt
+from traces.codec import read_trace, sniff
 from traces.profile import MONDAY_S
 
 _ARRIVALS = 1
@@ -49,6 +50,9 @@ def open_rows(
             f"rate: expected with a process or a profile, got {arrivals.rate_rps:g} with a trace's own arrivals,"
             " which a target rps scales"
         )
+    is_counted = source.target_rps is not None and source.source_rps is None and takes_every_row(source)
+    if is_counted and (format or sniff(trace)) in ("burstgpt", "burstgpt6"):
+        source = replace(source, source_rps=burstgpt.mean_rate_rps(trace))
     opened = [read_trace(trace, format=format)]  # now, so that a file that is none is said before all else
     batches = select(
         lambda: opened.pop() if opened else read_trace(trace, format=format),

@@ -123,6 +123,13 @@ def counted_fields(options: SourceOptions) -> list[str]:
     return ["received_at", *(column for column, values in _filters(options) if values)]
 
 
+def takes_every_row(options: SourceOptions) -> bool:
+    """Whether the mean rate is that of the whole file: no window, no filter, no idle cap."""
+    return counted_fields(options) == ["received_at"] and (
+        (options.start_s, options.duration_s, options.idle_cap_s) == (0.0, None, None)
+    )
+
+
 def _filters(options: SourceOptions) -> tuple[tuple[str, tuple[str, ...]], ...]:
     return (
         ("session_id", options.sessions),

@@ -74,6 +74,8 @@ AZURE_COLUMNS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BLOCK_TOKENS_KEY: Final = "burstgate.block_tokens"
 """The key in a Parquet file's metadata for the tokens of one prefix block."""
 
+_COMPRESSED: Final = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "zip": b"PK\x03\x04", "xz": b"\xfd7zX"}
+"""How compressed files begin."""
 CHUNK_BYTES: Final = 4 << 20
 """How much of a text file is held and parsed at once: some 50,000 BurstGPT rows."""
 SNIFFED_BYTES: Final = 1 << 20
@@ -352,8 +354,10 @@ def sniff(path: Path) -> str:
     Raises TraceFormatError naming what was seen and what is known; OSError where the file cannot be read.
     """
     with path.open("rb") as stream:
-        if stream.read(4) == b"PAR1":
+        magic = stream.read(4)
+        if magic == b"PAR1":
             return "parquet"
+        _refuse_compressed(magic, path)
         stream.seek(0)
         if stream.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
             stream.seek(0)
@@ -371,6 +375,12 @@ def sniff(path: Path) -> str:
         f" {','.join(COLUMNS_6)} or {','.join(COLUMNS_8)} or {','.join(AZURE_COLUMNS)}, got {shown(','.join(names))};"
         " another CSV needs a map of its columns"
     )
+
+
+def _refuse_compressed(magic: bytes, path: Path) -> None:
+    for name, start in _COMPRESSED.items():
+        if magic.startswith(start):
+            raise TraceFormatError(f"{path}: expected a trace that is not compressed, got {name}: unpack it first")
 
 
 def _sniff_json(head: bytes) -> str:
@@ -447,6 +457,9 @@ def read_trace(
         format = MAPPED
     elif format is not None:
         _known_format(format)
+    if format is not None and path.is_file():
+        with path.open("rb") as stream:
+            _refuse_compressed(stream.read(4), path)
     match format or sniff(path):
         case "mapped":
             frames = mapped.read(path, columns=columns or {}, clock=clock, dataset=title)

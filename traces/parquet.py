@@ -10,6 +10,9 @@ the disk holds the trace twice until then.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -20,7 +23,15 @@ from typing import BinaryIO, Final
 import polars as pl
 
 from traces.batch import SCHEMA, complete_batch, empty_batch
-from traces.codec import BROKEN_PARQUET, RECORD_RULES, TraceFormatError, WriteReport, broken_parquet, require
+from traces.codec import (
+    BROKEN_PARQUET,
+    RECORD_RULES,
+    TraceFormatError,
+    WriteReport,
+    broken_parquet,
+    require,
+    shown_line,
+)
 from traces.record import Outcome
 
 ROW_GROUP_ROWS: Final = 131_072
@@ -76,6 +87,18 @@ def _is_lossless(dtype: pl.DataType, target: pl.DataType) -> bool:
     return dtype in (target, pl.Null)
 
 
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Raises OSError for what the operating system refuses polars, TraceFormatError for rows that it refuses itself."""
+    try:
+        yield
+    except BROKEN_PARQUET as error:
+        # Polars words what the operating system said; the number is the last thing in it.
+        if number := re.search(r"\(os error ([0-9]+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise TraceFormatError(f"expected rows that Parquet can hold, polars says: {shown_line(error)}") from error
+
+
 class Writer:
     """A `TraceWriter` of Parquet. A writer that is dropped without `close` removes its temporary files."""
 
@@ -106,9 +129,10 @@ class Writer:
         """Put the row groups into the stream and say what was done."""
         try:
             self._spill()
-            pl.scan_parquet(self._parts, glob=False, hive_partitioning=False).sink_parquet(
-                self._stream, row_group_size=ROW_GROUP_ROWS
-            )
+            with writing():
+                pl.scan_parquet(self._parts, glob=False, hive_partitioning=False).sink_parquet(
+                    self._stream, row_group_size=ROW_GROUP_ROWS
+                )
             self._stream.flush()
         finally:
             self._remove()
@@ -117,6 +141,7 @@ class Writer:
 
     def _spill(self) -> None:
         part = self._folder / f"{len(self._parts)}.parquet"
-        pl.concat([empty_batch(), *self._held]).write_parquet(part, compression="lz4")
+        with writing():
+            pl.concat([empty_batch(), *self._held]).write_parquet(part, compression="lz4")
         self._parts.append(part)
         self._held, self._held_rows = [], 0

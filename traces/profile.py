@@ -269,7 +269,7 @@ def fit_profile(batches: Iterable[pl.DataFrame]) -> WorkloadProfile:
             "model", "log_type", pl.col("session").is_not_null().alias("has_session"), maintain_order=True
         ):
             key = (model, log_type, has_session)
-            gathered.setdefault(key, _Gathered(has_session)).add(part, rng)  # type: ignore[arg-type]
+            gathered.setdefault(key, _Gathered(has_session)).add(part, rng)
     if not first_s < last_s:
         raise ValueError(f"fit: expected rows with at least two different stamps, got {rows} rows without")
     span_s = last_s - first_s + has_whole_stamps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def trace(tmp_path: Path, stamps: list[int]) -> Path:
     return path
 
 
-def taken(rows: Any) -> pl.DataFrame:
+def taken(rows: Iterable[pl.DataFrame]) -> pl.DataFrame:
     return pl.concat(list(rows))
 
 

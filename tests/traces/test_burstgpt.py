@@ -143,6 +143,34 @@ def test_asked_fields_are_those_of_the_whole_rows(tmp_path: Path) -> None:
         list(read_trace(path, fields=["log_type"]))
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"{HEAD_6}\n5,M,1,1,2,API log\n5,M,1,1,2,API log\n9.5,M,1,1,2,API log\n", 2 / 4.5),
+        (f"{HEAD_6}\n5,M,1,1,2,API log\n9,M,1,1,2,API log", 1 / 4),  # no last line end
+        ("Model,x,Timestamp\nM,1,5\nM,1,7\n", 1 / 2),
+        (f"{HEAD_6}\n5,M,1,1,2,API log\n", None),  # one row has no rate
+        (f"{HEAD_6}\n", None),
+        (f"{HEAD_6}\n5,M,1,1,2,API log\n5,M,1,1,2,API log\n", None),
+        (f"{HEAD_6}\n9,M,1,1,2,API log\n5,M,1,1,2,API log\n", None),
+        (f"{HEAD_6}\n5,M,1,1,2,API log\n\n9,M,1,1,2,API log\n", None),  # a line is no row
+        (f"{HEAD_6}\n\n5,M,1,1,2,API log\n9,M,1,1,2,API log\n", None),
+        (f'{HEAD_6}\n5,"M\nN",1,1,2,API log\n9,M,1,1,2,API log\n', None),
+        (f"{HEAD_6}\r\n5,M,1,1,2,API log\r\n9,M,1,1,2,API log\r\n", None),
+        (f"{HEAD_6}\nx,M,1,1,2,API log\n9,M,1,1,2,API log\n", None),
+        ("x\n5\n", None),
+    ],
+)
+@pytest.mark.parametrize("chunk_bytes", [codec.CHUNK_BYTES, 3])
+def test_a_rate_by_counting_lines_is_right_or_none(
+    tmp_path: Path, text: str, expected: float | None, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(burstgpt, "CHUNK_BYTES", chunk_bytes)
+    path = tmp_path / "site.csv"
+    path.write_text(text, newline="")
+    assert burstgpt.mean_rate_rps(path) == (None if expected is None else pytest.approx(expected))
+
+
 @pytest.mark.parametrize("text", [f"{HEAD_8}\n", HEAD_8, f"{HEAD_6}\r\n", f"{HEAD_6}\n\n\n"])
 def test_a_header_alone_is_a_trace_of_no_rows(tmp_path: Path, text: str) -> None:
     assert read_text(tmp_path, text) == []
