@@ -177,9 +177,9 @@ async def run(
         raise ReplayError(str(error)) from None
     api_key = read_api_key(options.api_key_env)
     _raise_file_limit()
-    await check_target(http, options.models, api_key)
     with ExitStack() as undo:
         undo.callback(http.close)
+        await check_target(http, options.models, api_key)
         samples = None if options.samples is None else undo.enter_context(SamplesFile(options.samples))
         interval_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
