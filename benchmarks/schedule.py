@@ -13,19 +13,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 
 from benchmarks.codec import generated as codec_rows
-from replay.arrivals import retime
+from replay.arrivals import ArrivalOptions, retime
+from replay.rows import open_rows
 from replay.schedule import PlanOptions, plan
-from replay.source import SourceOptions, select
+from replay.source import SourceOptions
 from traces.arrivals import steady
 from traces.codec import open_writer, read_trace
 from traces.generation import generate, plain_profile, zipf_lengths
-from traces.profile import fit_profile
+from traces.profile import FIELDS, fit_profile
 
 FIRST_ROWS = 1_000
 PLANNED_ROWS = 3_000_000
@@ -38,10 +41,13 @@ SOURCES = {
 }
 
 
+def opened(path: Path, name: str) -> Iterator[pl.DataFrame]:
+    return open_rows(path, SOURCES[name], ArrivalOptions())
+
+
 def start(path: Path, name: str) -> str:
     begin = time.perf_counter()
-    batches = select(lambda: read_trace(path), SOURCES[name])
-    rows = plan(batches, PlanOptions())
+    rows = plan(opened(path, name), PlanOptions())
     first_s = 0.0
     for _ in islice(rows, FIRST_ROWS):
         first_s = first_s or time.perf_counter() - begin
@@ -50,13 +56,13 @@ def start(path: Path, name: str) -> str:
 
 def run_through(path: Path, name: str) -> str:
     begin = time.perf_counter()
-    rows = sum(1 for _ in islice(plan(select(lambda: read_trace(path), SOURCES[name]), PlanOptions()), PLANNED_ROWS))
+    rows = sum(1 for _ in islice(plan(opened(path, name), PlanOptions()), PLANNED_ROWS))
     return f"{rows:,} rows planned, {rows / (time.perf_counter() - begin):,.0f} rows/s"
 
 
 def fit(path: Path) -> str:
     begin = time.perf_counter()
-    profile = fit_profile(read_trace(path))
+    profile = fit_profile(read_trace(path, fields=FIELDS))
     return (
         f"{profile.requests:,} rows, {profile.requests / (time.perf_counter() - begin):,.0f} rows/s, reading included"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import importlib
 import importlib.metadata
@@ -11,7 +12,7 @@ import sys
 import zoneinfo
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import msgspec
 import sqlalchemy as sa
@@ -23,6 +24,9 @@ from proxy.settings import ConfigError, Loaded, Settings, describe, load_setting
 from storage.engine import DatabaseUnavailable, DatabaseUrlError, SchemaError
 from traces.codec import FORMATS, TraceClock, TraceFormatError
 from traces.record import LogType
+
+if TYPE_CHECKING:
+    from traces.profile import WorkloadProfile
 
 app = typer.Typer(
     help="An OpenAI-compatible gateway for vLLM fleets that records every request as a BurstGPT trace.",
@@ -313,6 +317,8 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write; - is standard output.")],
     format: Format = None,
     failures: Annotated[str, typer.Option(help="keep or drop failed requests.")] = "keep",
+    relabel_model: Annotated[str | None, typer.Option(help="Name every row's model so.")] = None,
+    salt: Annotated[str | None, typer.Option(help="For the same block ids again.  [default: a new one]")] = None,
     stamps: Annotated[str | None, typer.Option(help="int or float Timestamps.")] = None,
     timezone: Timezone = None,
     day_zero: DayZero = None,
@@ -350,6 +356,8 @@ def export(
             day_zero=day_zero.date() if day_zero is not None else None,
             timezone=timezone,
             failures="drop" if failures == "drop" else "keep",
+            model=relabel_model,
+            salt=None if salt is None else salt.encode(),
             stamps=None if stamps is None else ("int" if stamps == "int" else "float"),
         )
     dropped = "".join(f", {n:,} dropped: {reason}" for reason, n in report.dropped.items())
@@ -475,9 +483,19 @@ def stats(
 
 @contextlib.contextmanager
 def _whole(output: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when it is whole; - is standard output. An OSError names the file."""
+    """A file that gets its name when it is whole; - is standard output, and a device or a pipe is written straight.
+
+    An OSError names the file.
+    """
     if output == Path("-"):
         yield sys.stdout.buffer
+        return
+    if output.exists() and not output.is_file() and not output.is_dir():  # what is no file is not to be replaced
+        try:
+            with output.open("wb") as stream:
+                yield stream
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(output)) from None
         return
     part = output.with_name(f".{output.name}.part")
     try:
@@ -490,6 +508,22 @@ def _whole(output: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
+def _read_profile(path: Path) -> WorkloadProfile:
+    from traces.profile import decode_profile
+
+    try:
+        return decode_profile(path.read_bytes())
+    except ValueError as error:
+        raise TraceFormatError(f"{path}: {error}") from None
+
+
+def _model_map(pairs: list[str] | None) -> dict[str, str]:
+    for pair in pairs or ():
+        if not all(pair.partition("=")):
+            raise ConfigError(f"--model-map: expected A=B, got {pair!r}")
+    return dict(pair.split("=", 1) for pair in pairs or ())
+
+
 @app.command()
 def fit(
     trace: Path,
@@ -500,12 +534,12 @@ def fit(
 ) -> None:
     """Make a workload profile of a trace: rates, burstiness, lengths and sessions, with no name and no id in it."""
     from traces.codec import read_trace
-    from traces.profile import encode_profile, fit_profile
+    from traces.profile import FIELDS, encode_profile, fit_profile
 
     _known_format(format)
     _known_timezone(timezone)
     clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone)
-    profile = fit_profile(read_trace(trace, format=format, clock=clock))
+    profile = fit_profile(read_trace(trace, format=format, clock=clock, fields=FIELDS))
     with _whole(output) as stream:
         stream.write(encode_profile(profile))
     print(
@@ -546,7 +580,6 @@ def generate(
     from traces.codec import open_writer
     from traces.generation import fixed_lengths, plain_profile, zipf_lengths
     from traces.generation import generate as generated
-    from traces.profile import decode_profile
 
     _known_format(format)
     if profile is None and process in (None, "trace"):
@@ -556,10 +589,7 @@ def generate(
     if profile is not None and (request_tokens, response_tokens) != (None, None):
         raise ConfigError("--request-tokens: lengths are the profile's where one is given")
     start_s = _stamp(start, None, "--start") or 0.0
-    try:
-        fitted = None if profile is None else decode_profile(profile.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{profile}: {error}") from None
+    fitted = None if profile is None else _read_profile(profile)
     try:
         literal: Any = process or "trace"
         options = ArrivalOptions(literal, rate, shape, curve, fitted)
@@ -591,9 +621,13 @@ def generate(
 
 @app.command()
 def replay(
-    trace: Path,
     target: Annotated[str, typer.Option(help="Base URL to send to.")],
-    model: Annotated[str, typer.Option(help="Model to ask for.")],
+    trace: Annotated[Path | None, typer.Argument(help="A trace file; without it, --profile.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to ask for.")] = None,
+    model_map: Annotated[
+        list[str] | None, typer.Option(help="A=B asks for B where the trace has A; repeatable, instead of --model.")
+    ] = None,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Ask for the trace's own models.")] = False,
     speed: Annotated[float, typer.Option(help="Divides the trace's time.")] = 1.0,
     limit: Annotated[int | None, typer.Option(help="At most this many rows.")] = None,
     start: Annotated[float, typer.Option(help="Skip this many seconds of trace time.")] = 0.0,
@@ -615,6 +649,23 @@ def replay(
     rate: Annotated[float | None, typer.Option(help="Requests a second, with --process.")] = None,
     shape: Annotated[float | None, typer.Option(help="Gamma shape of the gaps: 1 is Poisson, below it bursty.")] = None,
     curve: Annotated[Path | None, typer.Option(help="CSV with the columns time_s,rps.")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Workload profile: without a trace its rows, from --start after Monday 0:00; or for modeled."
+        ),
+    ] = None,
+    capacity: Annotated[
+        str | None, typer.Option(help="Requests a second that the target can do, or a sweep's JSON file; with --load.")
+    ] = None,
+    load: Annotated[float | None, typer.Option(help="Share of --capacity to send.")] = None,
+    kv_budget: Annotated[
+        float | None, typer.Option(help="Send what fills this share of vLLM's KV cache on average.")
+    ] = None,
+    tpot: Annotated[
+        float | None, typer.Option(help="For --kv-budget, seconds a token.  [default: the trace's elapsed times]")
+    ] = None,
+    ttft: Annotated[float, typer.Option(help="For --kv-budget with --tpot, seconds to the first token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of prompts, ties and arrivals.")] = 0,
     ties: Annotated[
         str, typer.Option(help="spread equal whole-second stamps inside their second, or keep them.")
@@ -635,6 +686,7 @@ def replay(
     from replay.arrivals import ArrivalOptions
     from replay.runner import ReplayOptions
     from replay.runner import replay as run
+    from replay.scaling import ScaleOptions, asked_rate_rps
     from replay.source import SourceOptions
 
     _known_format(format)
@@ -645,11 +697,26 @@ def replay(
             start_s=start, duration_s=duration, models=tuple(only_model or ()),
             log_types=_one_of(only_log_type, LOG_TYPES, "--only-log-type"), sessions=tuple(only_session or ()),
             outcomes=tuple(only_outcome or ()), idle_cap_s=idle_cap, passes=loop or None, rate_scale=rate_scale,
-            target_rps=target_rps, speed=speed,
+            target_rps=target_rps, speed=speed, seed=seed, model_map=_model_map(model_map),
         )  # fmt: skip
+        if (model is None) == (not source.model_map and not keep_models):
+            raise ConfigError("--model: expected one model for all rows, or --model-map or --keep-models, and not both")
+        fitted = None if profile is None else _read_profile(profile)
+        scale = ScaleOptions(capacity, load, kv_budget, ttft, tpot)
+        if scale.is_asked:
+            if (target_rps, rate_scale, rate) != (None, None, None):
+                raise ConfigError("--load: expected without --rate, --rate-scale and --target-rps, which it stands for")
+            found = asked_rate_rps(
+                scale, trace, source, fitted, target=target, format=format, api_key_env=api_key_env
+            )  # fmt: skip
+            if process == "trace":
+                source = dataclasses.replace(source, target_rps=found)
+            else:
+                rate = found
+        arrivals = ArrivalOptions(named, rate, shape, curve, fitted)
         options = ReplayOptions(
-            target=target, model=model, speed=speed, limit=limit, source=source,
-            arrivals=ArrivalOptions(named, rate, shape, curve), warmup_s=warmup, seed=seed,
+            target=target, model=model or "", speed=speed, limit=limit, source=source,
+            arrivals=arrivals, warmup_s=warmup, seed=seed,
             stream=stream, format=format, api_key_env=api_key_env, run_id=run_id, samples=samples, json=json,
             max_in_flight=max_in_flight, timeout_s=timeout, max_error_rate=max_error_rate, quiet=quiet, **literal,
         )  # fmt: skip

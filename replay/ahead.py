@@ -181,7 +181,9 @@ class Ahead:
         return self._seed, row.index
 
     def _body(self, row: Planned, text: str) -> bytes:
-        return request_body(self._endpoint, self._model, text, row.response_tokens or 0, stream=self._stream)
+        return request_body(
+            self._endpoint, self._model or row.model or "", text, row.response_tokens or 0, stream=self._stream
+        )
 
     async def _count_text(self, text: str) -> int:
         counted = await count_tokens(self._http, self._endpoint, self._model, text, self._api_key)

@@ -19,6 +19,7 @@ import asyncio
 import os
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import quote
@@ -94,8 +95,8 @@ def auth_headers(api_key: str | None) -> Headers:
 
 
 def request_body(endpoint: Endpoint, model: str, prompt: str, response_tokens: int, *, stream: bool) -> bytes:
-    """A request for exactly `response_tokens` tokens, as vLLM takes it."""
-    body: dict[str, object] = {"model": model}
+    """A request for exactly `response_tokens` tokens, as vLLM takes it; without a model it takes its only one."""
+    body: dict[str, object] = {"model": model} if model else {}
     if endpoint == "chat":
         body["messages"] = [{"role": "user", "content": prompt}]
     else:
@@ -256,7 +257,7 @@ async def count_tokens(http: HttpClient, endpoint: Endpoint, model: str, text: s
 
     Raises Unanswered when it cannot be had for any reason.
     """
-    body: dict[str, object] = {"model": model}
+    body: dict[str, object] = {"model": model} if model else {}
     if endpoint == "chat":
         body |= {"messages": [{"role": "user", "content": text}], "add_generation_prompt": True}
     else:
@@ -294,8 +295,8 @@ async def _ask(http: HttpClient, method: bytes, target: bytes, headers: Headers,
             exchange.abort()
 
 
-async def check_target(http: HttpClient, model: str, api_key: str | None) -> None:
-    """Raises ReplayError when the target cannot be reached, refuses the key or lists models without the one asked."""
+async def check_target(http: HttpClient, models: Sequence[str], api_key: str | None) -> None:
+    """Raises ReplayError when the target cannot be reached, refuses the key or lists models without one of `models`."""
     url = http.url.text
     try:
         names = await list_models(http, api_key)
@@ -309,9 +310,10 @@ async def check_target(http: HttpClient, model: str, api_key: str | None) -> Non
         if error.status in (401, 403):
             raise ReplayError(f"{url}/v1/models: the target wants another API key ({error})") from None
         return  # an OpenAI-like server need not list its models
-    if names and model not in names:
+    unknown = [model for model in models if model not in names]
+    if names and unknown:
         listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        raise ReplayError(f"model {model!r}: the target {url} serves {listed}")
+        raise ReplayError(f"model {unknown[0]!r}: the target {url} serves {listed}")
 
 
 def read_api_key(variable: str | None) -> str | None:

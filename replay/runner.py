@@ -31,19 +31,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
 from replay.ahead import COUNTERS, Ahead, Prepared
-from replay.arrivals import ArrivalOptions, open_process, retime
+from replay.arrivals import ArrivalOptions
 from replay.client import FAMILIES, Endpoint, check_target, read_api_key, request_headers, send
 from replay.client import ReplayError as ReplayError
 from replay.metrics import Summary, Tally, Workload
 from replay.report import Progress, progress_shown, render
+from replay.rows import open_rows
 from replay.sample import SamplesFile, measure
 from replay.schedule import Planned, PlanOptions, Ties, plan
-from replay.source import SourceOptions, select
+from replay.source import SourceOptions
 from replay.timer import Alarm
-from traces.codec import read_trace
 from traces.record import Outcome
 from wire.http import HttpClient
 
@@ -55,8 +54,6 @@ PROGRESS_S = 0.5
 SWITCH_INTERVAL_S = 0.0005
 """How long the thread that reads the trace may keep the loop from the interpreter; Python's 5 ms would be lag."""
 
-_ARRIVALS = 1
-"""The random numbers of arrivals; prompts and ties have the seed's own."""
 _RUN_ID = re.compile(r"[!-~]{1,100}")
 
 
@@ -67,6 +64,7 @@ class ReplayOptions:
     target: str
     """http[s]://HOST[:PORT][/PREFIX]; a trailing /v1 is understood."""
     model: str
+    """To ask for; empty is each row's own, by the source's map of models."""
     speed: float = 1.0
     limit: int | None = None
     source: SourceOptions = field(default_factory=SourceOptions)
@@ -100,8 +98,6 @@ class ReplayOptions:
             raise ValueError(f"speed: expected 1 with the process {self.arrivals.process}, got {self.speed:g}")
         if self.endpoint not in FAMILIES:
             raise ValueError(f"endpoint: expected chat or completions, got {self.endpoint!r}")
-        if not self.model:
-            raise ValueError("model: expected a name, got ''")
         if self.run_id is not None and not _RUN_ID.fullmatch(self.run_id):
             raise ValueError(f"run id: expected 1 to 100 visible ASCII characters, got {self.run_id!r}")
         if self.max_in_flight is not None and self.max_in_flight < 1:
@@ -114,6 +110,11 @@ class ReplayOptions:
     def plan_options(self) -> PlanOptions:
         """The schedule's part."""
         return PlanOptions(self.speed, 0.0, None, self.limit, self.ties, self.seed, self.warmup_s)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that will be asked for, as far as that is known beforehand."""
+        return (self.model,) if self.model else tuple(dict.fromkeys(self.source.model_map.values()))
 
     def is_over_error_rate(self, summary: Summary) -> bool:
         """More requests failed than `max_error_rate` allows."""
@@ -134,19 +135,15 @@ class Stop:
         self.sending.set()
 
 
-def plan_file(trace: Path, options: ReplayOptions) -> Iterator[Planned]:
-    """The schedule of a trace file, read as it is asked for. Raises as `replay` does."""
+def plan_file(trace: Path | None, options: ReplayOptions) -> Iterator[Planned]:
+    """The schedule of a trace file, or of a profile's rows, read as it is asked for. Raises as `replay` does."""
     source = dataclasses.replace(options.source, speed=options.speed, seed=options.seed)
-    opened = [read_trace(trace, format=options.format)]  # now, so that a file that is none is said before all else
-    batches = select(lambda: opened.pop() if opened else read_trace(trace, format=options.format), source)
-    process = open_process(options.arrivals)
-    if process is not None:
-        batches = retime(batches, process, np.random.default_rng([options.seed, _ARRIVALS]))
-    return plan(batches, options.plan_options())
+    return plan(open_rows(trace, source, options.arrivals, format=options.format), options.plan_options())
 
 
-def replay(trace: Path, options: ReplayOptions, *, console: Console) -> Summary:
-    """Replay a trace file; blocks until it is over, shows progress and the summary, writes the files asked for.
+def replay(trace: Path | None, options: ReplayOptions, *, console: Console) -> Summary:
+    """Replay a trace file, or without one a profile; blocks until it is over, shows progress and the summary, writes
+    the files asked for.
 
     Raises ReplayError when it cannot start, TraceFormatError or ValueError for what is wrong in the trace's beginning,
     OSError where the trace cannot be read. An error further down ends the run early: `Summary.stopped_by`.
@@ -180,9 +177,9 @@ async def run(
         raise ReplayError(str(error)) from None
     api_key = read_api_key(options.api_key_env)
     _raise_file_limit()
-    await check_target(http, options.model, api_key)
     with ExitStack() as undo:
         undo.callback(http.close)
+        await check_target(http, options.models, api_key)
         samples = None if options.samples is None else undo.enter_context(SamplesFile(options.samples))
         interval_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL_S)

@@ -97,22 +97,46 @@ class SourceOptions:
             raise ValueError(f"seed: expected an integer >= 0, got {self.seed}")
 
 
-def select(open_trace: Batches, options: SourceOptions) -> Iterator[pl.DataFrame]:
+def select(
+    open_trace: Batches, options: SourceOptions, *, open_counted: Batches | None = None
+) -> Iterator[pl.DataFrame]:
     """The trace that the options ask for, as batches, none empty, in order of time.
 
     open_trace: gives columns of `traces.batch.SCHEMA`, rows in order of `received_at`.
+    open_counted: gives the same rows with at least `counted_fields(options)`, for what only counts them.
     Raises ValueError while iterating: for a first row that goes backwards, for a target rate of a trace that has none,
     or that needs a scale past MAX_RATE_SCALE.
     """
     scale = options.rate_scale
     if options.target_rps is not None:
-        source_rps = options.source_rps or mean_rate_rps(open_trace, options)
+        source_rps = options.source_rps or mean_rate_rps(open_counted or open_trace, options)
         scale = _scale_for(options.target_rps, source_rps * options.speed)
     rows = _looped(open_trace, options)
     if scale is None or scale == 1:
         yield from rows
     else:
         yield from _scaled(rows, scale, int(options.jitter_s), options.seed)
+
+
+def counted_fields(options: SourceOptions) -> list[str]:
+    """The fields of a record that `mean_rate_rps` looks at."""
+    return ["received_at", *(column for column, values in _filters(options) if values)]
+
+
+def takes_every_row(options: SourceOptions) -> bool:
+    """Whether the mean rate is that of the whole file: no window, no filter, no idle cap."""
+    return counted_fields(options) == ["received_at"] and (
+        (options.start_s, options.duration_s, options.idle_cap_s) == (0.0, None, None)
+    )
+
+
+def _filters(options: SourceOptions) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return (
+        ("session_id", options.sessions),
+        ("model", options.models),
+        ("log_type", options.log_types),
+        ("outcome", options.outcomes),
+    )
 
 
 def mean_rate_rps(open_trace: Batches, options: SourceOptions) -> float:
@@ -142,12 +166,7 @@ def _scale_for(target_rps: float, mean_rps: float) -> float:
 def _one_pass(open_trace: Batches, options: SourceOptions) -> Iterator[pl.DataFrame]:
     """Window, filters, model map and idle cap."""
     kept = pl.lit(True)
-    for column, values in (
-        ("model", options.models),
-        ("log_type", options.log_types),
-        ("session_id", options.sessions),
-        ("outcome", options.outcomes),
-    ):
+    for column, values in _filters(options):
         if values:
             kept &= pl.col(column).is_in(list(values)).fill_null(False)
     cut_s = 0.0

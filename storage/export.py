@@ -86,6 +86,8 @@ def export(
     day_zero: datetime.date | None = None,
     timezone: str | None = None,
     failures: Failures = "keep",
+    model: str | None = None,
+    salt: bytes | None = None,
     stamps: Stamps | None = None,
     on_rows: Callable[[int], None] = lambda rows_in: None,
 ) -> ExportReport:
@@ -93,6 +95,8 @@ def export(
 
     selection: None is every request. What else is None is the data set's own where all the requests belong to one,
     else as `export_batches` says. A time zone without a day 0 makes that the first row's day in it.
+    model: every row's new model. salt: what block ids are made from, None draws one. The gateway's own blocks have no
+    known size in tokens, so it is estimated where a format needs it, which the notes say.
     on_rows: called with the rows taken so far, after each batch.
     Raises ValueError for an unknown format or time zone, OSError naming the path, DatabaseUnavailable; then neither
     file is there, or each is what it was.
@@ -112,6 +116,8 @@ def export(
             day_zero=day_zero,
             timezone=timezone or "UTC",
             failures=failures,
+            model=model,
+            salt=salt,
             stamps=stamps or "auto",
             filters={key: value for key, value in dataclasses.asdict(chosen).items() if value not in (None, ())},
             on_rows=on_rows,
@@ -126,6 +132,8 @@ def export_batches(
     day_zero: datetime.date | None = None,
     timezone: str = "UTC",
     failures: Failures = "keep",
+    model: str | None = None,
+    salt: bytes | None = None,
     stamps: Stamps = "auto",
     filters: Mapping[str, object] | None = None,
     on_rows: Callable[[int], None] = lambda rows_in: None,
@@ -133,16 +141,16 @@ def export_batches(
     """Writes batches to `path`, in their order, and a sidecar beside it.
 
     day_zero: None is the local date of the first row. filters: for the sidecar, how the batches were selected.
-    on_rows, Raises: as in `export`.
+    model, salt, on_rows, Raises: as in `export`.
     """
     remaining = iter(batches)
     first = next(remaining, None)
     clock = TraceClock(day_zero or _local_date(first, timezone), timezone)
     with _replacing(path) as files:
-        writer = open_writer(files.trace, format=format, clock=clock, failures=failures, stamps=stamps)
+        writer = open_writer(files.trace, format=format, clock=clock, failures=failures, stamps=stamps, salt=salt)
         rows_in = 0
         for batch in itertools.chain(() if first is None else (first,), remaining):
-            writer.write(batch)
+            writer.write(batch if model is None else batch.with_columns(model=pl.lit(model)))
             rows_in += batch.height
             on_rows(rows_in)
         written = writer.close()

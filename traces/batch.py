@@ -7,7 +7,7 @@ validate at the edge and name file, line and column when they refuse.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import msgspec
 import polars as pl
@@ -58,9 +58,10 @@ def empty_batch() -> pl.DataFrame:
     return pl.DataFrame(schema=SCHEMA)
 
 
-def complete_batch(frame: pl.DataFrame) -> pl.DataFrame:
+def complete_batch(frame: pl.DataFrame, fields: Collection[str] = SCHEMA.keys()) -> pl.DataFrame:
     """`frame` with the columns it lacks added at the record's defaults, in the record's order and types.
 
+    fields: the columns wanted; others of the frame are left out.
     Raises ValueError when a column is not one of the record's.
     """
     unknown = set(frame.columns) - SCHEMA.keys()
@@ -69,6 +70,7 @@ def complete_batch(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.select(
         pl.col(name).cast(dtype) if name in frame.columns else pl.lit(_DEFAULTS.get(name), dtype=dtype).alias(name)
         for name, dtype in SCHEMA.items()
+        if name in fields
     )
 
 

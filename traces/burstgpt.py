@@ -10,11 +10,13 @@
     Log Type         `Conversation log` or `API log`
 
 Reading finds columns by name and ignores others; it takes a byte order mark, LF or CRLF, quoted fields (RFC 4180) and
-blank lines, and rows in any order. A failure becomes outcome `upstream_error` with its response tokens unknown, and its
-request tokens too when the row is `0,0,0`. Writing uses LF, always has a header, and quotes only what needs it.
+blank lines, `50.0` for 50, spaces around numbers, and rows in any order. A failure becomes outcome `upstream_error`
+with its response tokens unknown, and its request tokens too when the row is `0,0,0`. Writing uses LF, always has a
+header, and quotes only what needs it.
 
-Nearly every chunk of a real file is plain: no quote, a fixed number of commas a line. Polars parses those. The rest go
-through the `csv` module line by line, which is also the one place where malformed lines are reported.
+Nearly every chunk of a real file is plain: no quote, a fixed number of commas a line. Polars parses those, and where
+every value is right, into numbers at once. Others are read as text, so that the first wrong value is named as it is
+spelt; what is not even plain goes through the `csv` module line by line, the one place where malformed lines are named.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -30,8 +33,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from traces.batch import complete_batch
+from traces.batch import SCHEMA, complete_batch
 from traces.codec import (
+    CHUNK_BYTES,
     COLUMNS_8,
     Rule,
     TraceClock,
@@ -59,17 +63,24 @@ SLOW_ROWS: Final = 65_536
 _MAX_ROWS: Final = 1 << 34
 _SMALL_STAMPS: Final = {micros: repr(micros / 1e6) for micros in range(1, 100)}
 
-_TIMESTAMP: Final = pl.col("Timestamp").cast(pl.Float64, strict=False)
-_SECONDS: Final = pl.col("Elapsed time").cast(pl.Float64, strict=False)
+_TOKENS: Final = ("Request tokens", "Response tokens", "Total tokens")
+_TIMESTAMP: Final = pl.col("Timestamp").str.strip_chars().cast(pl.Float64, strict=False)
+_SECONDS: Final = pl.col("Elapsed time").str.strip_chars().cast(pl.Float64, strict=False)
+_TYPES: Final = {
+    name: pl.Float64() if name in ("Timestamp", "Elapsed time") else pl.Int64() if name in _TOKENS else pl.String()
+    for name in COLUMNS_8
+}
+# 18 digits cannot overflow, nor can the sum of two such counts.
+_INTEGER: Final = r"^ *([0-9]{1,18})(?:\.0*)? *$"
+_LOG_TYPES: Final = [str(log_type) for log_type in LogType]
 
 
 def _tokens(column: str) -> pl.Expr:
-    return pl.col(column).cast(pl.Int64, strict=False)
+    return pl.col(column).str.extract(_INTEGER).cast(pl.Int64)
 
 
 def _is_integer(column: str) -> Rule:
-    # The cast alone would take '+5'; 18 digits cannot overflow, nor can the sum of two such counts.
-    return Rule(column, "an integer >= 0", pl.col(column).str.contains(r"^[0-9]{1,18}$"))
+    return Rule(column, "an integer >= 0", pl.col(column).str.contains(_INTEGER))
 
 
 _RULES: Final = (
@@ -80,27 +91,48 @@ _RULES: Final = (
     ),
     Rule("Elapsed time", "a finite number of seconds >= 0", (_SECONDS >= 0) & _SECONDS.is_finite()),
     Rule("Model", "a model's name", pl.col("Model") != ""),
-    _is_integer("Request tokens"),
-    _is_integer("Response tokens"),
-    _is_integer("Total tokens"),
+    *map(_is_integer, _TOKENS),
     Rule(
         "Total tokens",
         "Request tokens + Response tokens",
         _tokens("Total tokens") == _tokens("Request tokens") + _tokens("Response tokens"),
     ),
-    Rule(
-        "Log Type",
-        f"'{LogType.CONVERSATION}' or '{LogType.API}'",
-        pl.col("Log Type").is_in([str(log_type) for log_type in LogType]),
-    ),
+    Rule("Log Type", f"'{LogType.CONVERSATION}' or '{LogType.API}'", pl.col("Log Type").is_in(_LOG_TYPES)),
 )
+"""Of columns of text."""
+_HOLDS: Final = {
+    "Timestamp": pl.col("Timestamp").is_between(0, TIMESTAMP_LIMIT_S, closed="left"),
+    "Elapsed time": (pl.col("Elapsed time") >= 0) & pl.col("Elapsed time").is_finite(),
+    "Model": pl.col("Model") != "",
+    **{name: pl.col(name).is_between(0, 10**18, closed="left") for name in _TOKENS},
+    "Log Type": pl.col("Log Type").is_in(_LOG_TYPES),
+}
+"""The same of columns of _TYPES, but for the sum of the tokens."""
+_ADDS_UP: Final = pl.col("Total tokens") == pl.col("Request tokens") + pl.col("Response tokens")
+_PLAIN: Final = {
+    "elapsed_s": "Elapsed time",
+    "model": "Model",
+    "request_tokens": "Request tokens",
+    "response_tokens": "Response tokens",
+    "log_type": "Log Type",
+}
+"""Fields of the record that are columns of the file."""
+_TOKEN_FIELDS: Final = {"request_tokens", "response_tokens", "outcome", "token_source"}
 
 
-def read(path: Path, *, required: Sequence[str], clock: TraceClock, dataset: str) -> Iterator[pl.DataFrame]:
+def read(
+    path: Path,
+    *,
+    required: Sequence[str],
+    clock: TraceClock,
+    dataset: str,
+    fields: Collection[str] = SCHEMA.keys(),
+) -> Iterator[pl.DataFrame]:
     """The file's rows as batches in the file's order, some tens of thousands of rows each.
 
     required: the columns that must be there; `Session ID` and `Elapsed time` are read where they are.
     dataset: becomes `run_id` and part of each `request_id`: the same file, clock and name give the same ids again.
+    fields: of the record, which the batches have; columns of the file that none of them needs are not looked at.
     Raises TraceFormatError at the first wrong line.
     """
     zero_s = clock.zero_s
@@ -108,14 +140,85 @@ def read(path: Path, *, required: Sequence[str], clock: TraceClock, dataset: str
     with path.open("rb") as stream:
         header = read_header(stream, path)
         _check_header(header, required, path)
-        rules = [rule for rule in _RULES if rule.column in header]
-        places: dict[str, int] = {name: header.index(name) for name in COLUMNS_8 if name in header}
-        for frame, lines in text_rows(stream, header, places, path):
-            require(frame, rules, path, lines)
-            yield _to_batch(frame, zero_s, dataset, first_row)
+        places: dict[str, int] = {
+            name: header.index(name) for name in COLUMNS_8 if name in header and _is_needed(name, fields)
+        }
+        rules = [rule for rule in _RULES if rule.column in places]
+        for frame, lines in text_rows(stream, header, places, path, lambda chunk: _parsed(chunk, header, places)):
+            if frame["Timestamp"].dtype == pl.String:
+                require(frame, rules, path, lines)
+                frame = _from_text(frame)
+            yield _to_batch(frame, zero_s, dataset, first_row, fields)
             first_row += frame.height
             if first_row >= _MAX_ROWS:
                 raise TraceFormatError(f"{path}:{lines[-1]}: expected fewer than {_MAX_ROWS} rows, got more")
+
+
+def _is_needed(column: str, fields: Collection[str]) -> bool:
+    if column in _TOKENS:
+        return not _TOKEN_FIELDS.isdisjoint(fields)
+    return (
+        column == "Timestamp"
+        or (column == "Session ID" and "session_id" in fields)
+        or any(_PLAIN.get(field) == column for field in fields)
+    )
+
+
+def _parsed(chunk: bytes, header: Sequence[str], places: Mapping[str, int]) -> pl.DataFrame | None:
+    """The columns at `places` of a plain chunk as _TYPES; None where a value is wrong, or not as numbers are spelt."""
+    if b"+" in chunk:  # which polars takes as a sign
+        return None
+    types = {place: _TYPES[name] for name, place in places.items()}
+    try:
+        frame = pl.read_csv(
+            chunk,
+            has_header=False,
+            schema={str(place): types.get(place, pl.String()) for place in range(len(header))},
+            columns=sorted(types),
+            quote_char=None,
+        ).select(pl.col(str(place)).alias(name) for name, place in places.items())
+    except pl.exceptions.PolarsError:
+        return None
+    holds = [_HOLDS[name] for name in places if name in _HOLDS]
+    if "Total tokens" in places:
+        holds.append(_ADDS_UP)
+    return frame if frame.select(pl.all_horizontal(holds).fill_null(False).all()).item() else None
+
+
+def _from_text(frame: pl.DataFrame) -> pl.DataFrame:
+    """Columns of text that pass _RULES as _TYPES."""
+    numbers = {"Timestamp": _TIMESTAMP, "Elapsed time": _SECONDS} | {name: _tokens(name) for name in _TOKENS}
+    return frame.with_columns(numbers[name].alias(name) for name in frame.columns if name in numbers)
+
+
+def mean_rate_rps(path: Path) -> float | None:
+    """Requests a second from the first row to the last, by counting lines: nothing between those two is looked at.
+
+    None where lines are not rows for certain (quotes, blank lines, CR), where the stamps are no times in order, or
+    under two rows: `read` then says more. Raises TraceFormatError for a header that is none, OSError.
+    """
+    rows, first, last = 0, b"", b"\n"
+    with path.open("rb") as stream:
+        header = read_header(stream, path)
+        if "Timestamp" not in header:
+            return None
+        place = header.index("Timestamp")
+        for block in iter(lambda: stream.read(CHUNK_BYTES), b""):
+            if b'"' in block or b"\r" in block or b"\n\n" in last[-1:] + block:
+                return None
+            if b"\n" not in first:
+                first += block[:MAX_LINE_BYTES]
+            rows += block.count(b"\n")
+            last = block if len(block) > MAX_LINE_BYTES else (last + block)[-MAX_LINE_BYTES:]
+    rows += not last.endswith(b"\n")
+    try:
+        first_s, last_s = (
+            float(line.split(b",")[place])
+            for line in (first.partition(b"\n")[0], last.removesuffix(b"\n").split(b"\n")[-1])
+        )
+    except (ValueError, IndexError):
+        return None
+    return (rows - 1) / (last_s - first_s) if rows > 1 and 0 <= first_s < last_s < TIMESTAMP_LIMIT_S else None
 
 
 def request_ids(micros: NDArray[np.int64], first_row: int, dataset: str) -> pl.Series:
@@ -134,7 +237,8 @@ def request_ids(micros: NDArray[np.int64], first_row: int, dataset: str) -> pl.S
     words[:, 1] = np.uint64(2 << 62 | mark) | ((rows & np.uint64((1 << 22) - 1)) << np.uint64(40))
     digits = np.frombuffer(words.tobytes().hex().encode(), dtype=np.uint8).reshape(-1, 32)
     text = np.full((len(micros), 36), ord("-"), dtype=np.uint8)
-    text[:, [index for index in range(36) if index not in (8, 13, 18, 23)]] = digits
+    for hyphens, (first, end) in enumerate(pairwise((0, 8, 12, 16, 20, 32))):
+        text[:, first + hyphens : end + hyphens] = digits[:, first:end]
     return pl.Series("request_id", text.view("S36").reshape(-1), dtype=pl.Binary).cast(pl.String)
 
 
@@ -153,20 +257,29 @@ def _check_header(header: list[str], required: Sequence[str], path: Path) -> Non
 
 
 def text_rows(
-    stream: BinaryIO, header: list[str], places: Mapping[str, int], path: Path
+    stream: BinaryIO,
+    header: list[str],
+    places: Mapping[str, int],
+    path: Path,
+    parse: Callable[[bytes], pl.DataFrame | None] = lambda chunk: None,
 ) -> Iterator[tuple[pl.DataFrame, Sequence[int]]]:
-    """The columns of a CSV file at `places` as text, with each row's line in the file. stream: behind the header."""
+    """The columns of a CSV file at `places` as text, with each row's line in the file. stream: behind the header.
+
+    parse: makes a frame of another kind of a plain chunk, or None for text.
+    """
     chunks = line_chunks(stream, path, 2, MAX_LINE_BYTES)
     line = 2
     for chunk in chunks:
         unix = chunk.replace(b"\r\n", b"\n") if b"\r" in chunk else chunk
         if _is_plain(unix, len(header)):
-            frame = pl.read_csv(
-                unix,
-                has_header=False,
-                schema={str(place): pl.String() for place in range(len(header))},
-                quote_char=None,
-            ).select(pl.col(str(place)).fill_null("").alias(name) for name, place in places.items())
+            frame = parse(unix)
+            if frame is None:
+                frame = pl.read_csv(
+                    unix,
+                    has_header=False,
+                    schema={str(place): pl.String() for place in range(len(header))},
+                    quote_char=None,
+                ).select(pl.col(str(place)).fill_null("").alias(name) for name, place in places.items())
             yield frame, range(line, line + frame.height)
             line += frame.height
         else:
@@ -273,29 +386,27 @@ def _text(raw: bytes, line: int, header: list[str], path: Path) -> str:
     )
 
 
-def _to_batch(frame: pl.DataFrame, zero_s: float, dataset: str, first_row: int) -> pl.DataFrame:
+def _to_batch(
+    frame: pl.DataFrame, zero_s: float, dataset: str, first_row: int, fields: Collection[str]
+) -> pl.DataFrame:
     is_failure = pl.col("response_tokens") == 0
-    micros = frame.select(((_TIMESTAMP + zero_s) * 1e6).round().cast(pl.Int64))["Timestamp"].to_numpy()
+    micros = frame.select(((pl.col("Timestamp") + zero_s) * 1e6).round().cast(pl.Int64))["Timestamp"].to_numpy()
     parsed = frame.select(
-        request_ids(micros, first_row, dataset),
         _seconds(micros).alias("received_at"),
-        pl.col("Model").alias("model"),
-        _tokens("Request tokens").alias("request_tokens"),
-        _tokens("Response tokens").alias("response_tokens"),
-        pl.col("Log Type").alias("log_type"),
+        *([request_ids(micros, first_row, dataset)] if "request_id" in fields else []),
+        *(pl.col(column).alias(name) for name, column in _PLAIN.items() if column in frame.columns),
+        *([_or_null("Session ID").alias("session_id")] if "Session ID" in frame.columns else []),
         pl.lit(Origin.IMPORTED.value).alias("origin"),
         pl.lit(dataset).alias("run_id"),
-        *([_SECONDS.alias("elapsed_s")] if "Elapsed time" in frame.columns else []),
-        *([_or_null("Session ID").alias("session_id")] if "Session ID" in frame.columns else []),
     )
-    return complete_batch(
-        parsed.with_columns(
+    if "response_tokens" in parsed.columns:
+        parsed = parsed.with_columns(
             request_tokens=pl.when(~(is_failure & (pl.col("request_tokens") == 0))).then("request_tokens"),
             response_tokens=pl.when(~is_failure).then("response_tokens"),
             outcome=_choose(is_failure, Outcome.UPSTREAM_ERROR, Outcome.OK),
             token_source=_choose(is_failure, TokenSource.NONE, TokenSource.USAGE),
         )
-    )
+    return complete_batch(parsed, fields)
 
 
 def _seconds(micros: NDArray[np.int64]) -> pl.Series:

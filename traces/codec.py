@@ -27,7 +27,7 @@ import re
 import secrets
 import zoneinfo
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, Protocol
@@ -35,6 +35,7 @@ from typing import Any, BinaryIO, Final, Literal, Protocol
 import msgspec
 import polars as pl
 
+from traces.batch import SCHEMA
 from traces.record import LogType, Origin, Outcome, TokenSource
 
 FORMATS: Final = (
@@ -73,6 +74,8 @@ AZURE_COLUMNS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BLOCK_TOKENS_KEY: Final = "burstgate.block_tokens"
 """The key in a Parquet file's metadata for the tokens of one prefix block."""
 
+_COMPRESSED: Final = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "zip": b"PK\x03\x04", "xz": b"\xfd7zX"}
+"""How compressed files begin."""
 CHUNK_BYTES: Final = 4 << 20
 """How much of a text file is held and parsed at once: some 50,000 BurstGPT rows."""
 SNIFFED_BYTES: Final = 1 << 20
@@ -83,6 +86,15 @@ SHOWN_CHARACTERS: Final = 100
 
 class TraceFormatError(ValueError):
     """A file is not the trace that it should be. The message names file, line, column, rule and value."""
+
+
+BROKEN_PARQUET: Final = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
+"""What polars raises at a damaged file; some damage makes it panic, which is no Exception of Python's."""
+
+
+def broken_parquet(path: Path, error: BaseException) -> TraceFormatError:
+    """The error for one of BROKEN_PARQUET, on one line."""
+    return TraceFormatError(f"{path}: expected a Parquet file, got one where polars says: {shown_line(error)}")
 
 
 class UnsortedTrace(TraceFormatError):
@@ -170,6 +182,12 @@ def shown(value: object) -> str:
     """A wrong value as an error message quotes it: on one line, and not all of it when it is long."""
     text = repr(value) if isinstance(value, str | bytes) else f"'{value}'"
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def shown_line(error: BaseException) -> str:
+    """What another library says, on one line, and not all of it when it is long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 2 * SHOWN_CHARACTERS else f"{text[: 2 * SHOWN_CHARACTERS]}..."
 
 
 def split(batch: pl.DataFrame, reasons: Mapping[str, pl.Expr]) -> tuple[pl.DataFrame, Counter[str]]:
@@ -336,8 +354,10 @@ def sniff(path: Path) -> str:
     Raises TraceFormatError naming what was seen and what is known; OSError where the file cannot be read.
     """
     with path.open("rb") as stream:
-        if stream.read(4) == b"PAR1":
+        magic = stream.read(4)
+        if magic == b"PAR1":
             return "parquet"
+        _refuse_compressed(magic, path)
         stream.seek(0)
         if stream.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
             stream.seek(0)
@@ -355,6 +375,12 @@ def sniff(path: Path) -> str:
         f" {','.join(COLUMNS_6)} or {','.join(COLUMNS_8)} or {','.join(AZURE_COLUMNS)}, got {shown(','.join(names))};"
         " another CSV needs a map of its columns"
     )
+
+
+def _refuse_compressed(magic: bytes, path: Path) -> None:
+    for name, start in _COMPRESSED.items():
+        if magic.startswith(start):
+            raise TraceFormatError(f"{path}: expected a trace that is not compressed, got {name}: unpack it first")
 
 
 def _sniff_json(head: bytes) -> str:
@@ -389,8 +415,8 @@ def block_tokens(path: Path, *, format: str | None = None) -> int | None:
     if name == "parquet":
         try:
             said = pl.read_parquet_metadata(path).get(BLOCK_TOKENS_KEY, "")
-        except pl.exceptions.PolarsError as error:
-            raise TraceFormatError(f"{path}: expected a Parquet file, got one where polars says: {error}") from error
+        except BROKEN_PARQUET as error:
+            raise broken_parquet(path, error) from error
         return int(said) if re.fullmatch("[1-9][0-9]{0,8}", said) else None
     if name in mooncake.SHAPES:
         return mooncake.block_tokens(next(mooncake.read(path, shape=name, clock=UNIX_CLOCK, dataset=""), None), name)
@@ -405,6 +431,7 @@ def read_trace(
     batch_rows: int = 65_536,
     dataset: str | None = None,
     columns: Mapping[str, str] | None = None,
+    fields: Collection[str] | None = None,
 ) -> Iterator[pl.DataFrame]:
     """The trace in `path` as batches of 1 to `batch_rows` rows, in the file's order.
 
@@ -413,12 +440,15 @@ def read_trace(
     seconds.
     dataset: the data set's name, for `run_id` and the ids of imported rows; None is the file's name without its suffix.
     columns: for a CSV of any other kind, which of its columns is what (`traces.mapped`).
+    fields: of the record; the batches have these columns and no others, which is faster in BurstGPT's files and in
+    Parquet: what they do not come from is not looked at there. None is all.
     Raises ValueError for an unknown format or batch_rows < 1, TraceFormatError while iterating at the first wrong line,
     OSError where the file cannot be read.
     """
     # The codecs stand on this module's vocabulary, so it imports them only here.
     from traces import azure, burstgpt, evalscope, jsonl, mapped, mooncake, parquet
 
+    wanted = SCHEMA.keys() if fields is None else fields
     if batch_rows < 1:
         raise ValueError(f"batch_rows: expected an integer >= 1, got {batch_rows}")
     # A file's name may hold bytes that are no text; a run_id may not.
@@ -427,11 +457,14 @@ def read_trace(
         format = MAPPED
     elif format is not None:
         _known_format(format)
+    if format is not None and path.is_file():
+        with path.open("rb") as stream:
+            _refuse_compressed(stream.read(4), path)
     match format or sniff(path):
         case "mapped":
             frames = mapped.read(path, columns=columns or {}, clock=clock, dataset=title)
         case "parquet":
-            frames = parquet.read(path, batch_rows=batch_rows)
+            frames = parquet.read(path, batch_rows=batch_rows, fields=wanted)
         case "jsonl":
             frames = jsonl.read(path)
         case "azure" | "azure_multimodal":
@@ -440,9 +473,11 @@ def read_trace(
             frames = evalscope.read(path, clock=clock, dataset=title)
         case "burstgpt" | "burstgpt6" as name:
             required = COLUMNS_8 if name == "burstgpt" else COLUMNS_6
-            frames = burstgpt.read(path, required=required, clock=clock, dataset=title)
+            frames = burstgpt.read(path, required=required, clock=clock, dataset=title, fields=wanted)
         case name:
             frames = mooncake.read(path, shape=name, clock=clock, dataset=title)
+    if fields is not None:
+        frames = (frame.select(name for name in SCHEMA if name in fields) for frame in frames)
     return (part for frame in frames for part in frame.iter_slices(batch_rows))
 
 

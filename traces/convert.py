@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import secrets
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,6 +51,7 @@ from traces.codec import (
     sniff,
 )
 from traces.mooncake import PREFIX_NOTES
+from traces.parquet import writing
 from traces.record import Outcome
 
 SUFFIXES: Final = {".csv": "burstgpt", ".parquet": "parquet", ".jsonl": "jsonl"}
@@ -251,16 +251,11 @@ def _sink_parquet(batches: Iterator[pl.DataFrame], kept: _Kept, stream: BinaryIO
 
     metadata = {} if blocks is None else {BLOCK_TOKENS_KEY: str(blocks)}
     frame = register_io_source(rows, schema=SCHEMA)
-    try:
+    with writing():
         # Without statistics, which cost a seventh of the writing: readers here take every row group.
         frame.sink_parquet(
             stream, compression="lz4", row_group_size=ROW_GROUP_ROWS, metadata=metadata, statistics=False
         )
-    except pl.exceptions.PolarsError as error:
-        # Polars words what the operating system said; the number is the last thing in it.
-        if number := re.search(r"\(os error ([0-9]+)\)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-        raise TraceFormatError(f"expected rows that Parquet can hold, polars says: {error}") from error
     stream.flush()
     dropped = kept.rows_read - written
     return WriteReport(kept.rows_read, written, {"failure": dropped} if dropped else {}, {})

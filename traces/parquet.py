@@ -10,40 +10,55 @@ the disk holds the trace twice until then.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
 import polars as pl
 
 from traces.batch import SCHEMA, complete_batch, empty_batch
-from traces.codec import RECORD_RULES, TraceFormatError, WriteReport, require
+from traces.codec import (
+    BROKEN_PARQUET,
+    RECORD_RULES,
+    TraceFormatError,
+    WriteReport,
+    broken_parquet,
+    require,
+    shown_line,
+)
 from traces.record import Outcome
 
 ROW_GROUP_ROWS: Final = 131_072
 """Rows of a row group, some tens of MB while polars works on it."""
 
 
-def read(path: Path, *, batch_rows: int) -> Iterator[pl.DataFrame]:
+def read(path: Path, *, batch_rows: int, fields: Collection[str] = SCHEMA.keys()) -> Iterator[pl.DataFrame]:
     """The file's rows as batches of up to `batch_rows` rows in the file's order.
 
+    fields: of the record, which the batches have; the file's other columns are not looked at.
     Raises TraceFormatError when it is no Parquet file, has other columns or types, or a value that a record cannot
     have; the number of the row, from 1, stands for the line.
     """
     try:
         query = pl.scan_parquet(path, glob=False, hive_partitioning=False)
-        _check_schema(query.collect_schema(), path)
+        schema = query.collect_schema()
+        _check_schema(schema, path)
         rows = query.select(pl.len()).collect().item()
+        query = query.select(name for name in schema if name in fields)
+        rules = [rule for rule in RECORD_RULES if rule.column in fields]
         # Slices, not collect_batches: that ran ahead of its reader, to 1.4 GB in a file with row groups of 10^6 rows.
         for first in range(0, rows, batch_rows):
-            batch = complete_batch(query.slice(first, batch_rows).collect())
-            require(batch, RECORD_RULES, path, range(first + 1, first + 1 + batch.height))
+            batch = complete_batch(query.slice(first, batch_rows).collect(), fields)
+            require(batch, rules, path, range(first + 1, first + 1 + batch.height))
             yield batch
-    except pl.exceptions.PolarsError as error:
-        raise TraceFormatError(f"{path}: expected a Parquet file, got one where polars says: {error}") from error
+    except BROKEN_PARQUET as error:
+        raise broken_parquet(path, error) from error
 
 
 def _check_schema(schema: pl.Schema, path: Path) -> None:
@@ -70,6 +85,18 @@ def _is_lossless(dtype: pl.DataType, target: pl.DataType) -> bool:
     if target == pl.String:
         return dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null)
     return dtype in (target, pl.Null)
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Raises OSError for what the operating system refuses polars, TraceFormatError for rows that it refuses itself."""
+    try:
+        yield
+    except BROKEN_PARQUET as error:
+        # Polars words what the operating system said; the number is the last thing in it.
+        if number := re.search(r"\(os error ([0-9]+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise TraceFormatError(f"expected rows that Parquet can hold, polars says: {shown_line(error)}") from error
 
 
 class Writer:
@@ -102,9 +129,10 @@ class Writer:
         """Put the row groups into the stream and say what was done."""
         try:
             self._spill()
-            pl.scan_parquet(self._parts, glob=False, hive_partitioning=False).sink_parquet(
-                self._stream, row_group_size=ROW_GROUP_ROWS
-            )
+            with writing():
+                pl.scan_parquet(self._parts, glob=False, hive_partitioning=False).sink_parquet(
+                    self._stream, row_group_size=ROW_GROUP_ROWS
+                )
             self._stream.flush()
         finally:
             self._remove()
@@ -113,6 +141,7 @@ class Writer:
 
     def _spill(self) -> None:
         part = self._folder / f"{len(self._parts)}.parquet"
-        pl.concat([empty_batch(), *self._held]).write_parquet(part, compression="lz4")
+        with writing():
+            pl.concat([empty_batch(), *self._held]).write_parquet(part, compression="lz4")
         self._parts.append(part)
         self._held, self._held_rows = [], 0

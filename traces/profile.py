@@ -15,13 +15,14 @@ service with few rows, quantiles may be single rows' values.
     sessions    turns, gaps from one submission to the next, the first request's length, and quantiles of how much a
                 request is longer than the one before it, by that one's length (histories grow, and are cut)
 
-`traces.generation` makes a trace of it again.
+Lengths and sessions are fitted on all rows of a service, or where it has more, on a sample of SAMPLED_ROWS; arrivals,
+failures and the mix always on all. `traces.generation` makes a trace of it again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -42,6 +43,8 @@ MONDAY_S: Final = 4 * 86_400.0
 """The first Monday 0:00 UTC after epoch zero, a Thursday."""
 MIN_GAPS: Final = 50
 """Gaps that a slot's own shape needs; with fewer it has the service's."""
+SAMPLED_ROWS: Final = 1_000_000
+"""Rows of a service from which lengths, and turns, are fitted: quantiles of as many have errors below 0.001."""
 MAX_MODELS: Final = 64
 """Model classes; rarer models are one class together, the last."""
 MAX_GRID: Final = 16
@@ -244,32 +247,39 @@ def _rises(values: Sequence[float]) -> bool:
 
 
 def fit_profile(batches: Iterable[pl.DataFrame]) -> WorkloadProfile:
-    """The profile of a trace, sorted or not. Deterministic: what is random in it (ties) has a fixed seed.
+    """The profile of a trace, sorted or not. Deterministic: what is random in it (ties, samples) has a fixed seed.
 
-    batches: with at least the columns of `_COLUMNS`. Memory grows with the trace: some 135 bytes a row at the peak.
+    batches: with at least the columns FIELDS. Memory: 8 bytes a row for its stamp and 16 a session; of lengths and of
+    sessions' turns at most SAMPLED_ROWS of each service are kept, pairs at random and sessions whole.
     Raises ValueError for a trace without two different stamps.
     """
-    rows = _gathered(batches)
-    if rows.height == 0 or rows["received_at"][0] == rows["received_at"][-1]:
-        raise ValueError(f"fit: expected rows with at least two different stamps, got {rows.height} rows without")
     rng = np.random.default_rng(0)
-    stamps_s = rows["received_at"].to_numpy()
-    has_whole_stamps = bool((stamps_s == np.floor(stamps_s)).all())
-    span_s = float(stamps_s[-1] - stamps_s[0]) + has_whole_stamps
-    first_s = float(stamps_s[0])
-    if has_whole_stamps:
-        # Rows of one second stay in the file's order: sessions' turns must not change places.
-        rows = rows.with_columns(received_at=np.sort(stamps_s + rng.random(len(stamps_s))))
+    classes: dict[str | None, int] = {}
+    gathered: dict[tuple[int, str, bool], _Gathered] = {}
+    first_s, last_s, rows, has_whole_stamps = math.inf, -math.inf, 0, True
+    for batch in batches:
+        frame = _needed(batch, classes)
+        if frame.is_empty():
+            continue
+        stamps_s = frame["received_at"].to_numpy()
+        first_s, last_s = min(first_s, float(stamps_s.min())), max(last_s, float(stamps_s.max()))
+        has_whole_stamps = has_whole_stamps and bool((stamps_s == np.floor(stamps_s)).all())
+        rows += frame.height
+        for (model, log_type, has_session), part in frame.group_by(
+            "model", "log_type", pl.col("session").is_not_null().alias("has_session"), maintain_order=True
+        ):
+            key = (model, log_type, has_session)
+            gathered.setdefault(key, _Gathered(has_session)).add(part, rng)
+    if not first_s < last_s:
+        raise ValueError(f"fit: expected rows with at least two different stamps, got {rows} rows without")
+    span_s = last_s - first_s + has_whole_stamps
     services = [
-        _fit_service(model, LogType(log_type), group, first_s, span_s, rng)
-        for (model, log_type, _), group in (
-            rows.with_columns(has_session=pl.col("session").is_not_null())
-            .group_by("model", "log_type", "has_session", maintain_order=True)
-        )
-    ]  # fmt: skip
+        _fit_service(model, LogType(log_type), part, first_s, span_s, has_whole_stamps, rng)
+        for (model, log_type, _), part in _ranked(gathered).items()
+    ]
     return WorkloadProfile(
         burstgate_profile=VERSION,
-        requests=rows.height,
+        requests=rows,
         span_s=span_s,
         has_whole_second_stamps=has_whole_stamps,
         levels=LEVELS,
@@ -277,38 +287,125 @@ def fit_profile(batches: Iterable[pl.DataFrame]) -> WorkloadProfile:
     )
 
 
-_COLUMNS: Final = ("received_at", "session_id", "model", "request_tokens", "response_tokens", "log_type", "outcome")
+FIELDS: Final = ("received_at", "session_id", "model", "request_tokens", "response_tokens", "log_type", "outcome")
+"""Of a record: what a profile is made from."""
 
 
-def _gathered(batches: Iterable[pl.DataFrame]) -> pl.DataFrame:
-    """What the fit needs, in order of time: sessions as hashes, models as ranks, lengths only where both are known."""
-    classes: dict[str | None, int] = {}
+def _needed(batch: pl.DataFrame, classes: dict[str | None, int]) -> pl.DataFrame:
+    """What the fit needs: sessions as hashes, models as classes, lengths only where both are known."""
     is_known = (
         (pl.col("outcome") == Outcome.OK.value)
         & pl.col("request_tokens").is_between(0, MAX_TOKENS)
         & pl.col("response_tokens").is_between(0, MAX_TOKENS)
     )
-    parts = [
-        batch.select(
-            pl.col("received_at").cast(pl.Float64),
-            pl.when(pl.col("session_id").is_not_null()).then(pl.col("session_id").hash()).alias("session"),
-            _numbered(batch["model"], classes),
-            pl.when(is_known).then("request_tokens").cast(pl.Int32).alias("request_tokens"),
-            pl.when(is_known).then("response_tokens").cast(pl.Int32).alias("response_tokens"),
-            pl.col("log_type").cast(pl.Enum([str(log_type) for log_type in LogType])),
-            (pl.col("outcome") != Outcome.OK.value).alias("is_failure"),
-        )
-        for batch in batches
-    ]
-    if not parts:
-        return pl.DataFrame(schema=["received_at"])
-    rows = pl.concat(parts)
-    if not rows["received_at"].is_sorted():
-        rows = rows.sort("received_at", maintain_order=True)
-    sizes = np.bincount(rows["model"].to_numpy(), minlength=1)
+    return batch.select(
+        pl.col("received_at").cast(pl.Float64),
+        pl.when(pl.col("session_id").is_not_null()).then(pl.col("session_id").hash()).alias("session"),
+        _numbered(batch["model"], classes),
+        pl.when(is_known).then("request_tokens").cast(pl.Int32).alias("request_tokens"),
+        pl.when(is_known).then("response_tokens").cast(pl.Int32).alias("response_tokens"),
+        pl.col("log_type"),
+        (pl.col("outcome") != Outcome.OK.value).alias("is_failure"),
+    )
+
+
+class _Gathered:
+    """One service's rows so far, in bounded memory but for the stamps."""
+
+    def __init__(self, has_session: bool) -> None:
+        self.has_session = has_session
+        self.requests = 0
+        self.failures = 0
+        self._stamps_s: list[Array] = []
+        self._starts = _NO_STARTS
+        self._waiting: list[pl.DataFrame] = []
+        self._pairs = _NO_PAIRS
+        self._turns = _NO_TURNS
+        self._turns_of = 1 << 64
+        """Sessions whose hash is below this are kept whole."""
+
+    def add(self, rows: pl.DataFrame, rng: np.random.Generator) -> None:
+        """Go on with these rows."""
+        self.requests += rows.height
+        self.failures += int(rows["is_failure"].sum())
+        pairs = rows.select("request_tokens", "response_tokens").drop_nulls()
+        self._keep_pairs(pairs.with_columns(draw=pl.Series(rng.random(pairs.height))))
+        if self.has_session:
+            self._waiting.append(rows.group_by("session").agg(pl.col("received_at").min()))
+            if sum(part.height for part in self._waiting) > SAMPLED_ROWS + self._starts.height:
+                self._merge_starts()
+            self._keep_turns(rows.select("session", "received_at", "request_tokens"))
+        else:
+            self._stamps_s.append(rows["received_at"].to_numpy())
+
+    def merge(self, other: _Gathered) -> None:
+        """Go on with another service's rows."""
+        self.requests += other.requests
+        self.failures += other.failures
+        self._stamps_s += other._stamps_s
+        self._waiting += [other._starts, *other._waiting]
+        self._turns_of = min(self._turns_of, other._turns_of)
+        self._keep_pairs(other._pairs)
+        self._keep_turns(other._turns)
+
+    def starts_s(self) -> Array:
+        """When requests arrived, or where there are sessions, their first turns; in order."""
+        if self.has_session:
+            self._merge_starts()
+            return np.sort(self._starts["received_at"].to_numpy())
+        return np.sort(np.concatenate(self._stamps_s))
+
+    @property
+    def pairs(self) -> tuple[Array, Array]:
+        """Request and response tokens of rows of which both are known."""
+        request, response = (self._pairs[name].to_numpy().astype(np.float64) for name in self._pairs.columns[:2])
+        return request, response
+
+    @property
+    def turns(self) -> pl.DataFrame:
+        """Whole sessions' session, received_at and request_tokens, in order of time."""
+        return self._turns.sort("received_at", maintain_order=True)
+
+    def _keep_pairs(self, pairs: pl.DataFrame) -> None:
+        # Those with the smallest draws are a sample without replacement, however rows came in batches.
+        self._pairs = pl.concat((self._pairs, pairs))
+        if self._pairs.height > 2 * SAMPLED_ROWS:
+            self._pairs = self._pairs.bottom_k(SAMPLED_ROWS, by="draw")
+
+    def _keep_turns(self, turns: pl.DataFrame) -> None:
+        self._turns = pl.concat((self._turns, turns if self._turns_of >= 1 << 64 else turns.filter(self._is_kept())))
+        while self._turns.height > SAMPLED_ROWS and self._turns_of > 1:
+            self._turns_of //= 2
+            self._turns = self._turns.filter(self._is_kept())
+
+    def _is_kept(self) -> pl.Expr:
+        return pl.col("session") < pl.lit(self._turns_of, dtype=pl.UInt64)
+
+    def _merge_starts(self) -> None:
+        whole = pl.concat((self._starts, *self._waiting))
+        self._starts, self._waiting = whole.group_by("session").agg(pl.col("received_at").min()), []
+
+
+_NO_STARTS: Final = pl.DataFrame(schema={"session": pl.UInt64, "received_at": pl.Float64})
+_NO_PAIRS: Final = pl.DataFrame(schema={"request_tokens": pl.Int32, "response_tokens": pl.Int32, "draw": pl.Float64})
+_NO_TURNS: Final = pl.DataFrame(schema={"session": pl.UInt64, "received_at": pl.Float64, "request_tokens": pl.Int32})
+
+
+def _ranked(gathered: Mapping[tuple[int, str, bool], _Gathered]) -> dict[tuple[int, str, bool], _Gathered]:
+    """The same by rank of the model: 0 is the one asked for most, and those past MAX_MODELS are the last together."""
+    sizes = np.zeros(1 + max(model for model, _, _ in gathered), dtype=np.int64)
+    for (model, _, _), part in gathered.items():
+        sizes[model] += part.requests
     ranks = np.empty(len(sizes), dtype=np.int64)
     ranks[np.argsort(-sizes, kind="stable")] = np.minimum(np.arange(len(sizes)), MAX_MODELS - 1)
-    return rows.with_columns(model=ranks.astype(np.uint8)[rows["model"].to_numpy()])
+    ranked: dict[tuple[int, str, bool], _Gathered] = {}
+    for (model, log_type, has_session), part in gathered.items():
+        key = (int(ranks[model]), log_type, has_session)
+        if key in ranked:
+            ranked[key].merge(part)
+        else:
+            ranked[key] = part
+    return ranked
 
 
 def _numbered(names: pl.Series, classes: dict[str | None, int]) -> pl.Series:
@@ -321,19 +418,31 @@ def _numbered(names: pl.Series, classes: dict[str | None, int]) -> pl.Series:
 
 
 def _fit_service(
-    model: int, log_type: LogType, rows: pl.DataFrame, first_s: float, span_s: float, rng: np.random.Generator
+    model: int,
+    log_type: LogType,
+    rows: _Gathered,
+    first_s: float,
+    span_s: float,
+    has_whole_stamps: bool,
+    rng: np.random.Generator,
 ) -> Service:
-    sessions = _fit_sessions(rows) if rows["session"].null_count() == 0 else None
-    starts = rows if sessions is None else rows.unique("session", keep="first", maintain_order=True)
-    slots, level_variance = _fit_arrivals(starts["received_at"].to_numpy(), first_s, span_s)
+    def spread(stamps_s: Array) -> Array:
+        """In order; rows of one second stay in the file's order, as sessions' turns must not change places."""
+        return np.sort(stamps_s + rng.random(len(stamps_s))) if has_whole_stamps else stamps_s
+
+    sessions = None
+    if rows.has_session:
+        turns = rows.turns
+        sessions = _fit_sessions(turns.with_columns(received_at=spread(turns["received_at"].to_numpy())))
+    slots, level_variance = _fit_arrivals(spread(rows.starts_s()), first_s, span_s)
     return Service(
         model=model,
         log_type=log_type,
-        requests=rows.height,
-        failure_share=float(rows["is_failure"].mean()),  # type: ignore[arg-type]
+        requests=rows.requests,
+        failure_share=rows.failures / rows.requests,
         level_variance=level_variance,
         slots=slots,
-        lengths=_fit_lengths(rows, rng),
+        lengths=_fit_lengths(*rows.pairs, rng),
         sessions=sessions,
     )
 
@@ -392,12 +501,10 @@ def _level_variance(
     return variance if variance > 2 * math.sqrt(2 * float(explained @ explained)) / weight else 0.0
 
 
-def _fit_lengths(rows: pl.DataFrame, rng: np.random.Generator) -> Lengths | None:
-    known = rows.select("request_tokens", "response_tokens").drop_nulls()
-    n = known.height
+def _fit_lengths(request: Array, response: Array, rng: np.random.Generator) -> Lengths | None:
+    n = len(request)
     if n == 0:
         return None
-    request, response = (known[name].to_numpy().astype(np.float64) for name in known.columns)
     grid = max(1, min(MAX_GRID, int(math.sqrt(n / 10))))
     places = [(_ranks(values, rng) * grid // n).astype(np.int64) for values in (request, response)]
     cells = np.bincount(places[0] * grid + places[1], minlength=grid * grid).reshape(grid, grid)

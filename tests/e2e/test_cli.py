@@ -419,6 +419,25 @@ def test_simulate_and_replay(run: Run, tmp_path: Path) -> None:
         assert run(*replay, "--loop", "3", "--process", "gamma", "--rate", "50", "--shape", "0.5")[0] == 0
         summary = json.loads((tmp_path / "s.json").read_text())
         assert (summary["process"], summary["sent"], summary["ok"]) == ("gamma", 6, 6)
+        # Rows of a profile at a share of a capacity; the trace's own models under other names.
+        assert run("fit", "good.csv", "-o", "p.json")[0] == 0
+        made = ("replay", "--target", url, "--quiet", "--profile", "p.json", "--limit", "7", "--json", "s.json")
+        assert run(*made, "--model", "simulated", "--capacity", "200", "--load", "0.5")[0] == 0
+        summary = json.loads((tmp_path / "s.json").read_text())
+        assert (summary["sent"], summary["ok"]) == (7, 7)
+        assert run(*made, "--model-map", "model-0=simulated", "--kv-budget", "0.00001", "--tpot", "1")[0] == 0
+        assert json.loads((tmp_path / "s.json").read_text())["ok"] == 7  # the simulator serves no model-0
+        assert run("replay", "--target", url, "--quiet", "good.csv", "--speed", "100", "--keep-models")[0] == 0
+        for wrong, message in (
+            (("good.csv",), "--model: expected one model for all rows, or --model-map or --keep-models, and not both"),
+            (("good.csv", "--model", "m", "--keep-models"), "--model: expected one model for all rows"),
+            (("good.csv", "--model-map", "A"), "--model-map: expected A=B, got 'A'"),
+            (("good.csv", "--model-map", "ChatGPT=other"), "model 'other': the target"),
+            (("--model", "simulated"), "trace: expected a file, or a profile to make rows of, got neither"),
+            (("good.csv", "--model", "simulated", "--capacity", "5", "--load", "1", "--rate", "2"), "--load: expected"),
+        ):
+            status, _, err = run("replay", "--target", url, "--quiet", *wrong)
+            assert (status in (1, 2), err.count("\n"), message in err) == (True, 1, True), err
         for flag in ("--json", "--samples"):
             status, _, err = run(*arguments, "good.csv", flag, "nowhere/s")
             assert (status, err.count("\n")) == (1, 1), err

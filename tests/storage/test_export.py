@@ -20,7 +20,7 @@ from storage.importing import import_trace
 from storage.query import Filter
 from storage.sink import open_sink
 from traces.batch import SCHEMA, batch_from_records
-from traces.codec import read_trace
+from traces.codec import FORMATS, read_trace
 from traces.record import LogType, Outcome, TraceRecord
 
 # 2023-11-14 22:13:20 UTC, which is the 15th in Kolkata (+05:30)
@@ -97,6 +97,24 @@ def test_options(
     assert lines[0 if options.get("format") == "jsonl" else 1].startswith(first_line)
     got = sidecar_of(path)
     assert {key: got[key] for key in said} == said
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_with_one_name_for_all_models(filled: sa.Engine, tmp_path: Path, format: str) -> None:
+    path = tmp_path / "out"
+    report = export(filled, path, format=format, model="mine", failures="drop", salt=b"s")
+    assert (report.rows_in, report.dropped) == (3, {"failure": 1})
+    rows = [row for batch in read_trace(path, format=format) for row in batch["model"]]
+    # Of the formats that name no model, none is read.
+    assert rows == ["mine" if format in ("burstgpt", "burstgpt6", "parquet", "jsonl", "workload_trace") else None] * 2
+
+
+def test_a_salt_gives_the_same_block_ids_again(filled: sa.Engine, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in "abc"]
+    for path, salt in zip(files, (b"s", b"s", b"t"), strict=True):
+        export(filled, path, format="mooncake", salt=salt)
+    first, second, third = (path.read_bytes() for path in files)
+    assert first == second != third
 
 
 def test_a_filter_selects_and_is_said(filled: sa.Engine, tmp_path: Path) -> None:

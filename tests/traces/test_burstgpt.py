@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from traces import burstgpt, codec
-from traces.batch import batch_from_records, records_from_batch
+from traces.batch import SCHEMA, batch_from_records, records_from_batch
 from traces.codec import COLUMNS_6, COLUMNS_8, TraceClock, TraceFormatError, WriteReport, open_writer, read_trace
 from traces.record import LogType, Origin, Outcome, TokenSource, TraceRecord
 
@@ -117,12 +117,58 @@ GOOD_ROW = "5,s,1,GPT-4,2,3,5,API log"
         "Log Type,x,Total tokens,Response tokens,,Request tokens,,Model,Elapsed time,Session ID,Timestamp\n"
         + "API log,?,5,3,,2,,GPT-4,1,s,5\n" * 2,  # any order; others ignored, nameless and repeated ones too
         f"{HEAD_8}\n5.0,s,1.0,GPT-4,2,3,5,API log\n5,s,1e0,GPT-4,2,3,5,API log\n",
+        f"{HEAD_8}\n5,s,1,GPT-4,2.0,3,5.,API log\n{GOOD_ROW}\n",  # whole numbers written as floats
+        f"{HEAD_8}\n 5,s,1 ,GPT-4, 2,3 ,5,API log\n{GOOD_ROW}\n",  # spaces around numbers
     ],
 )
 def test_spellings_of_one_trace(tmp_path: Path, text: str) -> None:
     plain = read_text(tmp_path, f"{HEAD_8}\n{GOOD_ROW}\n{GOOD_ROW}\n")
     assert len(plain) == 2
     assert read_text(tmp_path, text) == plain
+
+
+def test_asked_fields_are_those_of_the_whole_rows(tmp_path: Path) -> None:
+    """And the columns that none of them needs are not looked at."""
+    text = f"{HEAD_8}\n{GOOD_ROW}\n7,,2,ChatGPT,0,0,0,Conversation log\n8,s,2,ChatGPT,4.0,6,10,API log\n"
+    path = tmp_path / "site.csv"
+    path.write_text(text)
+    (whole,) = read_trace(path)
+    for name in SCHEMA:
+        (part,) = read_trace(path, fields=[name, "received_at"])
+        assert part.equals(whole.select(column for column in SCHEMA if column in (name, "received_at")))
+    path.write_text(text.replace("Conversation log", "no log type"))
+    (part,) = read_trace(path, fields=["received_at", "model"])
+    assert part["model"].to_list() == ["GPT-4", "ChatGPT", "ChatGPT"]
+    with pytest.raises(TraceFormatError, match=":3: column 'Log Type'"):
+        list(read_trace(path, fields=["log_type"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"{HEAD_6}\n5,M,1,1,2,API log\n5,M,1,1,2,API log\n9.5,M,1,1,2,API log\n", 2 / 4.5),
+        (f"{HEAD_6}\n5,M,1,1,2,API log\n9,M,1,1,2,API log", 1 / 4),  # no last line end
+        ("Model,x,Timestamp\nM,1,5\nM,1,7\n", 1 / 2),
+        (f"{HEAD_6}\n5,M,1,1,2,API log\n", None),  # one row has no rate
+        (f"{HEAD_6}\n", None),
+        (f"{HEAD_6}\n5,M,1,1,2,API log\n5,M,1,1,2,API log\n", None),
+        (f"{HEAD_6}\n9,M,1,1,2,API log\n5,M,1,1,2,API log\n", None),
+        (f"{HEAD_6}\n5,M,1,1,2,API log\n\n9,M,1,1,2,API log\n", None),  # a line is no row
+        (f"{HEAD_6}\n\n5,M,1,1,2,API log\n9,M,1,1,2,API log\n", None),
+        (f'{HEAD_6}\n5,"M\nN",1,1,2,API log\n9,M,1,1,2,API log\n', None),
+        (f"{HEAD_6}\r\n5,M,1,1,2,API log\r\n9,M,1,1,2,API log\r\n", None),
+        (f"{HEAD_6}\nx,M,1,1,2,API log\n9,M,1,1,2,API log\n", None),
+        ("x\n5\n", None),
+    ],
+)
+@pytest.mark.parametrize("chunk_bytes", [codec.CHUNK_BYTES, 3])
+def test_a_rate_by_counting_lines_is_right_or_none(
+    tmp_path: Path, text: str, expected: float | None, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(burstgpt, "CHUNK_BYTES", chunk_bytes)
+    path = tmp_path / "site.csv"
+    path.write_text(text, newline="")
+    assert burstgpt.mean_rate_rps(path) == (None if expected is None else pytest.approx(expected))
 
 
 @pytest.mark.parametrize("text", [f"{HEAD_8}\n", HEAD_8, f"{HEAD_6}\r\n", f"{HEAD_6}\n\n\n"])
@@ -159,9 +205,8 @@ LONG = "x" * (1 << 20)
         (f"{HEAD_6}\n2023-11-16,M,1,1,2,API log\n", "got '2023-11-16'"),
         (f"{HEAD_6}\n5,,1,1,2,API log\n", ":2: column 'Model': expected a model's name, got ''"),
         (f"{HEAD_6}\n5,M,-3,1,2,API log\n", ":2: column 'Request tokens': expected an integer >= 0, got '-3'"),
-        (f"{HEAD_6}\n5,M,1,50.0,2,API log\n", ":2: column 'Response tokens': expected an integer >= 0, got '50.0'"),
+        (f"{HEAD_6}\n5,M,1,50.5,2,API log\n", ":2: column 'Response tokens': expected an integer >= 0, got '50.5'"),
         (f"{HEAD_6}\n5,M,1,+5,6,API log\n", "got '+5'"),
-        (f"{HEAD_6}\n5,M, 1,5,6,API log\n", "got ' 1'"),
         (f"{HEAD_6}\n5,M,1,٣,4,API log\n", "got '٣'"),
         (f"{HEAD_6}\n5,M,1,1,99999999999999999999,API log\n", "expected an integer >= 0, got '99999999999999999999'"),
         (f"{HEAD_6}\n5,M,1,1,,API log\n", ":2: column 'Total tokens': expected an integer >= 0, got ''"),

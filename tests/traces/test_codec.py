@@ -115,7 +115,9 @@ HINT = "; another CSV needs a map of its columns"
         (b"\n", f":1: {KNOWN}''{HINT}"),
         (b"[1]\n", f":1: {KNOWN}'[1]'{HINT}"),
         (b"", ":1: expected a header line, got an empty file"),
-        (b"\x1f\x8b\x08\0", ":1: expected a CSV header in UTF-8, got b'\\x1f\\x8b\\x08\\x00'"),  # gzip
+        (b"\xfe\xff", ":1: expected a CSV header in UTF-8, got b'\\xfe\\xff'"),
+        (b"\x1f\x8b\x08\0", ": expected a trace that is not compressed, got gzip: unpack it first"),
+        (b"\x28\xb5\x2f\xfd\x04", ": expected a trace that is not compressed, got zstd: unpack it first"),
     ],
 )
 def test_what_is_no_trace_is_named(tmp_path: Path, content: bytes, message: str) -> None:
