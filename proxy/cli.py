@@ -815,7 +815,11 @@ def _sweep_rows(
     if trace is not None and profile is not None:
         raise ConfigError("--profile: expected without a trace, whose lengths are sent")
     try:
-        fixed = plain_profile(fixed_lengths(request_tokens or 512, response_tokens or 128))
+        fixed = plain_profile(
+            fixed_lengths(
+                512 if request_tokens is None else request_tokens, 128 if response_tokens is None else response_tokens
+            )
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if trace is not None:

@@ -11,10 +11,12 @@ A target without vLLM's metrics is measured without them, and the sweep says so.
 from __future__ import annotations
 
 import re
+import signal
 import threading
 import time
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,7 +60,7 @@ def parse_gauges(text: bytes) -> Gauges | None:
             found.setdefault(name, []).append(float(value))
     usage = found.get(b"kv_cache_usage_perc") or found.get(b"gpu_cache_usage_perc")  # the second in older versions
     running = found.get(b"num_requests_running")
-    if not usage or running is None:
+    if not usage or not running:
         return None
     return Gauges(
         in_flight=sum(running) + sum(found.get(b"num_requests_waiting", ())),
@@ -120,6 +122,18 @@ def wait_until_idle(url: str, timeout_s: float) -> bool | None:
     return True
 
 
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ctrl-C does after it what it did before: uvloop leaves a handler that does nothing."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+
+
 def virtual_cells(config: SimulatorConfig, timeout_s: float | None) -> RunCell:
     """Cells on the simulated machine. timeout_s: the clients' patience."""
     from replay.simulator.virtual import SimulatedRequest, VirtualOptions, simulate
@@ -164,7 +178,7 @@ def live_cells(options: ReplayOptions, *, metrics_url: str, idle_timeout_s: floa
                 options, ties="keep", seed=seed, format="parquet", run_id=f"{run_id}-{next(numbers)}",
                 samples=samples, json=None, quiet=True,
             )  # fmt: skip
-            with Watch(metrics_url) as watch:
+            with Watch(metrics_url) as watch, _own_signals():
                 summary = replay(file, cell, console=console)
             if summary.is_interrupted:
                 return None
