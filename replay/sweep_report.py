@@ -40,7 +40,7 @@ _PAGE: Final = """<!doctype html>
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 1.5rem auto;
   max-width: 70rem; padding: 0 1rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%%), 1fr)); gap: 1rem; }
-.chart { height: 20rem; }
+.chart { height: 20rem; min-width: 0; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -56,10 +56,11 @@ th:first-child, td:first-child { text-align: left; }
 <script type="application/json" id="figures">%(figures)s</script>
 <script>
 const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-for (const figure of JSON.parse(document.getElementById("figures").textContent)) {
-  const chart = document.createElement("div");
-  chart.className = "chart";
-  document.getElementById("charts").append(chart);
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const charts = figures.map(() => document.createElement("div"));
+for (const chart of charts) { chart.className = "chart"; }
+document.getElementById("charts").append(...charts);  // all of them first: a chart takes the size that it finds
+figures.forEach((figure, at) => {
   const ink = dark ? "#ddd" : "#222", grid = dark ? "#333" : "#e4e4e4";
   const axis = { gridcolor: grid, zerolinecolor: grid };
   const layout = {
@@ -69,8 +70,8 @@ for (const figure of JSON.parse(document.getElementById("figures").textContent))
     yaxis: { ...axis, title: { text: figure.unit }, type: figure.log ? "log" : "linear",
       rangemode: figure.log ? "normal" : "tozero" },
   };
-  Plotly.newPlot(chart, figure.lines, layout, { responsive: true, displaylogo: false });
-}
+  Plotly.newPlot(charts[at], figure.lines, layout, { responsive: true, displayModeBar: false });
+});
 </script>
 </body></html>
 """

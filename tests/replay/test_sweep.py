@@ -305,7 +305,7 @@ def test_the_paper_s_finding() -> None:
     """At one mean rate, with the same requests, burstier arrivals raise TTFT p99, preemptions and failures."""
     config = machine_config("a100-8b", None, ["--kv-blocks", "2000", "--max-model-len", "8192"], prog="test")
     workload = Workload([Planned(n, float(n), None, None, 512, 128) for n in range(2)], has_gaps=False)
-    options = SweepOptions(rates_rps=(7.0,), requests=3000, duration_s=None, seeds=10)
+    options = SweepOptions(rates_rps=(7.0,), requests=1500, duration_s=None, seeds=10)
     ranked = {"ttft_p99_s": 0, "preemptions": 0, "failure_share": 0}
     found = swept(options, virtual_cells(config, 5.0), workload)
     for seed in range(10):
