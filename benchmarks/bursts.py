@@ -36,7 +36,7 @@ def ticks(most: float) -> list[float]:
     return [number * step for number in range(int(most / step) + 2)]
 
 
-def panel(points: Points, title: str, x0: float, y0: float) -> list[str]:
+def panel(points: Points, title: str, x0: float, y0: float, colours: dict[str, str]) -> list[str]:
     rates = sorted({rate for by_rate in points.values() for rate in by_rate})
     names = list(points)
     most = max((value for by_rate in points.values() for values in by_rate.values() for value in values), default=0.0)
@@ -60,7 +60,7 @@ def panel(points: Points, title: str, x0: float, y0: float) -> list[str]:
             f'<text x="{x(place, len(labels)):.1f}" y="{bottom + 16}" text-anchor="middle">{escape(label)}</text>'
         )
     for number, name in enumerate(names):
-        colour, line = COLOURS[number % len(COLOURS)], []
+        colour, line = colours[name], []
         for rate, values in sorted(points[name].items()):
             at = x(rates.index(rate) + (number - len(names) / 2 + 0.5) * 0.08, len(rates)) if len(rates) > 1 else x(
                 number, len(names)
@@ -76,16 +76,15 @@ def panel(points: Points, title: str, x0: float, y0: float) -> list[str]:
 def draw(files: dict[str, Path]) -> str:
     """The picture."""
     parts: list[str] = []
-    names: dict[str, None] = {}
+    names = list(dict.fromkeys(name for path in files.values() for name in read(path, "requests")))
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
     for row, (title, path) in enumerate(files.items()):
         y0 = 30 + row * HEIGHT
         parts.append(f'<text x="8" y="{y0 + 14}" class="title">{escape(title)}</text>')
         for column, (figure, label) in enumerate(PANELS):
-            points = read(path, figure)
-            names |= dict.fromkeys(points)
-            parts += panel(points, label, column * WIDTH, y0)
+            parts += panel(read(path, figure), label, column * WIDTH, y0, colours)
     legend = [
-        f'<circle cx="{14 + 110 * number}" cy="16" r="4.5" fill="{COLOURS[number % len(COLOURS)]}"/>'
+        f'<circle cx="{14 + 110 * number}" cy="16" r="4.5" fill="{colours[name]}"/>'
         f'<text x="{24 + 110 * number}" y="20">{escape(name)}</text>'
         for number, name in enumerate(names)
     ]
