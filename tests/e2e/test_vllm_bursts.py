@@ -49,13 +49,13 @@ def test_bursts_cost_latency_and_preemptions(small_vllm_url: str, tmp_path: Path
     file = tmp_path / "sweep.json"
     done = burstgate(
         "sweep", "--target", small_vllm_url, "--model", MODEL, "--request-tokens", "150", "--response-tokens", "60",
-        "--rates", "8", "--requests", "80", "--shapes", "0.15", "--seeds", "3", "--json", file,
+        "--rates", "8", "--requests", "60", "--shapes", "0.15", "--seeds", "3", "--json", file,
         timeout_s=SWEEP_TIMEOUT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
     found = msgspec.json.decode(file.read_bytes(), type=Sweep)
-    assert all(cell.ok == cell.requests == 80 for cell in found.cells)
+    assert all(cell.ok == cell.requests == 60 for cell in found.cells)
     calm, wild = ([cell for cell in found.cells if cell.arrivals == arrivals] for arrivals in ("poisson", "gamma 0.15"))
     for figure in ("ttft_p99_s", "preemptions", "kv_usage_mean"):
         assert statistics.median(getattr(cell, figure) for cell in wild) > statistics.median(
