@@ -729,6 +729,187 @@ def replay(
         raise typer.Exit(1)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def sweep(
+    context: typer.Context,
+    trace: Annotated[
+        Path | None, typer.Option(help="Trace whose lengths are sent and whose own arrivals are compared.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Base URL of a live target.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to ask a live target for.")] = None,
+    simulate: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset of a simulated machine, or default; with burstgate simulate's flags for it, as --kv-blocks."
+        ),
+    ] = None,
+    fit: Annotated[
+        Path | None, typer.Option(help="Costs of the simulated machine, fitted to samples or steps.")
+    ] = None,
+    rates: Annotated[str | None, typer.Option(help="Requests a second to measure, as 1,2,4.")] = None,
+    first: Annotated[float | None, typer.Option("--from", help="Lowest rate of a geometric ladder.")] = None,
+    last: Annotated[float | None, typer.Option("--to", help="Its highest rate.")] = None,
+    steps: Annotated[int, typer.Option(help="How many rates it has.")] = 6,
+    shapes: Annotated[str, typer.Option(help="Gamma shapes of the gaps to compare with Poisson.")] = "0.5,0.25",
+    duration: Annotated[float | None, typer.Option(help="Seconds of arrivals a cell.  [default: 60]")] = None,
+    requests: Annotated[int | None, typer.Option(help="Requests a cell, instead of a duration.")] = None,
+    seeds: Annotated[int, typer.Option(help="Cells of each kind; figures are medians over them.")] = 3,
+    seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
+    profile: Annotated[
+        Path | None, typer.Option(help="Workload profile whose lengths are sent, without a trace.")
+    ] = None,
+    request_tokens: Annotated[
+        int | None, typer.Option(help="Of every request.  [default: the trace's, the profile's, or 512]")
+    ] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(help="Of every answer.  [default: the trace's, the profile's, or 128]")
+    ] = None,
+    slo: Annotated[str | None, typer.Option(help="Bounds in seconds, as ttft=0.5,tpot=0.05,e2e=10.")] = None,
+    all: Annotated[bool, typer.Option("--all", help="Measure every rate, past the knee too.")] = False,
+    timeout: Annotated[float | None, typer.Option(help="Seconds after which a client leaves.")] = None,
+    cool_down: Annotated[float, typer.Option(help="Seconds of rest before each cell of a live target.")] = 0.0,
+    idle_timeout: Annotated[float, typer.Option(help="Most seconds to wait for a live target to be idle.")] = 120.0,
+    metrics_url: Annotated[str | None, typer.Option(help="vLLM's metrics.  [default: the target's /metrics]")] = None,
+    endpoint: Annotated[str, typer.Option(help="chat or completions.")] = "chat",
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the API key.")] = None,
+    format: Format = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything as JSON.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write one line a cell.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with charts.")] = None,
+    quiet: Annotated[bool, typer.Option(help="No line a cell.")] = False,
+) -> None:
+    """Find what bursts cost: the same mean rate as Poisson, Gamma and a trace's arrivals, rate by rate to the knee."""
+    from replay.sweep import SweepOptions, Workload, as_csv, ladder, numbers, parse_slo, progress_text
+    from replay.sweep import sweep as measured
+    from replay.sweep_report import page, render
+
+    _known_format(format)
+    for file in (json, csv, html):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(f"{file}: no such directory")
+    try:
+        if (rates is None) == (first is None or last is None):
+            raise ValueError("rates: expected --rates, or --from and --to")
+        options = SweepOptions(
+            rates_rps=numbers(rates, "rates") if rates is not None else ladder(first or 0.0, last or 0.0, steps),
+            shapes=numbers(shapes, "shapes"),
+            duration_s=60.0 if duration is None and requests is None else duration,
+            requests=requests, seeds=seeds, seed=seed, is_full=all, slo=None if slo is None else parse_slo(slo),
+        )  # fmt: skip
+        if timeout is not None and not 0 < timeout < 1e9:
+            raise ValueError(f"timeout: expected seconds > 0, got {timeout:g}")
+        run_cell, name = _sweep_target(
+            context.args, target, model, simulate, fit, timeout, cool_down, idle_timeout, metrics_url, endpoint,
+            api_key_env,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    rows, lengths = _sweep_rows(trace, format, profile, request_tokens, response_tokens, seed)
+    found = measured(
+        options, Workload(rows, has_gaps=trace is not None), run_cell, target=name, lengths=lengths,
+        on_cell=lambda cell: None if quiet else print(progress_text(cell), flush=True),
+    )  # fmt: skip
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(render(found))
+    if json is not None:
+        with _whole(json) as stream:
+            stream.write(msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
+    if csv is not None:
+        with _whole(csv) as stream:
+            stream.write(as_csv(found.cells).encode())
+    if html is not None:
+        with _whole(html) as stream:
+            stream.write(page(found).encode())
+    if found.is_interrupted:
+        raise typer.Exit(130)
+
+
+def _sweep_target(
+    flags: list[str],
+    target: str | None,
+    model: str | None,
+    preset: str | None,
+    fit: Path | None,
+    timeout_s: float | None,
+    cool_down_s: float,
+    idle_timeout_s: float,
+    metrics_url: str | None,
+    endpoint: Any,
+    api_key_env: str | None,
+) -> tuple[Any, str]:
+    """What runs a sweep's cells, and its name. Raises ValueError naming the option."""
+    from replay.cells import live_cells, virtual_cells
+
+    if (target is None) == (preset is None):
+        raise ValueError("target: expected either --target or --simulate")
+    if preset is not None:
+        from replay.simulator.__main__ import machine_config
+
+        machine = machine_config(None if preset == "default" else preset, fit, flags, prog="burstgate sweep")
+        return virtual_cells(machine, timeout_s), " ".join(["simulated", preset, *flags])
+    if flags or fit is not None:
+        raise ValueError(f"{flags[0] if flags else '--fit'}: it needs --simulate")
+    if model is None:
+        raise ValueError("model: expected with --target, got none")
+    if not (0 <= cool_down_s < 1e6 and 0 <= idle_timeout_s < 1e6):
+        raise ValueError(f"cool-down, idle timeout: expected seconds >= 0, got {cool_down_s:g}, {idle_timeout_s:g}")
+    from replay.runner import ReplayOptions
+
+    assert target is not None
+    options = ReplayOptions(
+        target=target, model=model, endpoint=endpoint, api_key_env=api_key_env, timeout_s=timeout_s or 600.0
+    )
+    url = metrics_url or f"{target.rstrip('/').removesuffix('/v1')}/metrics"
+    cells = live_cells(options, metrics_url=url, idle_timeout_s=idle_timeout_s, cool_down_s=cool_down_s)
+    return cells, f"{model} at {target}"
+
+
+def _sweep_rows(
+    trace: Path | None,
+    format: str | None,
+    profile: Path | None,
+    request_tokens: int | None,
+    response_tokens: int | None,
+    seed: int,
+) -> tuple[list[Any], str]:
+    """The rows that a sweep sends, and where they are from."""
+    from replay.schedule import PlanOptions, plan
+    from replay.sweep import MAX_REQUESTS
+    from traces.codec import read_trace
+    from traces.generation import fixed_lengths, plain_profile
+    from traces.generation import generate as generated
+    from traces.profile import decode_profile
+
+    if trace is not None and profile is not None:
+        raise ConfigError("--profile: expected without a trace, whose lengths are sent")
+    try:
+        fixed = plain_profile(
+            fixed_lengths(
+                512 if request_tokens is None else request_tokens, 128 if response_tokens is None else response_tokens
+            )
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if trace is not None:
+        rows = list(plan(read_trace(trace, format=format), PlanOptions(limit=MAX_REQUESTS, seed=seed)))
+        name = f"rows of {trace}"
+    elif profile is not None:
+        try:
+            fitted = decode_profile(profile.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{profile}: {error}") from None
+        rows = list(plan(generated(fitted, seed=seed, rows=100_000), PlanOptions(ties="keep")))
+        name = f"lengths of {profile}"
+    else:
+        rows = list(plan(generated(fixed, seed=seed, rows=2, rate_rps=1.0), PlanOptions(ties="keep")))
+        name = f"{rows[0].request_tokens} prompt and {rows[0].response_tokens} answer tokens"
+    given = {"request_tokens": request_tokens, "response_tokens": response_tokens}
+    given = {key: tokens for key, tokens in given.items() if tokens is not None}
+    if given and (trace is not None or profile is not None):
+        rows = [msgspec.structs.replace(row, **given) if row.is_sendable else row for row in rows]
+        name += "".join(f", {key.replace('_', ' ')} {tokens}" for key, tokens in given.items())
+    return rows, name
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def simulate(context: typer.Context) -> None:
     """Run a vLLM-like server on a simulated GPU, or a trace through one (--trace); `--help` lists the flags."""

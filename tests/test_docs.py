@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from proxy.cli import app
 from proxy.settings import ENV_PREFIX, Settings, setting_keys, show_value
+from replay.simulator.__main__ import machine_flags
 
 ROOT = Path(__file__).parent.parent
 _INTRO = """# Configuration
@@ -80,6 +81,8 @@ def test_commands_shown_exist_with_the_flags_shown(page: Path) -> None:
         if command.name == "simulate":
             continue  # its flags are the simulator's own; tests/replay checks them
         known = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        if command.name == "sweep":
+            known |= set(machine_flags())  # of the simulated machine, passed through
         flags = {word.split("=")[0] for word in words if word.startswith("-") and word != "-"}
         assert flags <= known | {"--help"}, f"{page.name}: {command.name}: unknown {flags - known}"
 

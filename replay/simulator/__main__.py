@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from replay.simulator.config import SimulatorConfig
 
@@ -20,14 +20,21 @@ if TYPE_CHECKING:
     from replay.simulator.virtual import VirtualOptions
 
 _TYPES: dict[str, type[int] | type[float]] = {"int": int, "float": float}
-_ALIASES = {"max_batched_tokens": "--max-num-batched-tokens"}
-"""Other spellings of a flag, by vLLM's own names."""
+_ALIASES = {"max_batched_tokens": "--max-num-batched-tokens", "num_gpu_blocks_override": "--kv-blocks"}
+"""Other spellings of a flag: vLLM's own names, and a short one."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as a ValueError of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
 
 
 def _parser() -> argparse.ArgumentParser:
     from replay.simulator.costs import PRESETS, ROW_FIELDS
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="burstgate simulate",
         description="A vLLM-like OpenAI server on a simulated GPU: any model name, no weights, no GPU. With --trace, a"
         " trace is run through it on a virtual clock instead.",
@@ -41,9 +48,20 @@ def _parser() -> argparse.ArgumentParser:
         "--preset", choices=sorted(PRESETS), help="costs and memory that roughly imitate a GPU and the size of a model"
     )
     parser.add_argument(
-        "--fit", type=Path, metavar="CSV", help=f"costs fitted to measured steps; columns {','.join(ROW_FIELDS)}"
+        "--fit",
+        type=Path,
+        metavar="FILE",
+        help="costs fitted to a measured run: the samples of `burstgate replay --samples`, or a CSV of steps with the"
+        f" columns {','.join(ROW_FIELDS)}",
     )
-    machine = parser.add_argument_group("the simulated machine")
+    _add_machine(parser.add_argument_group("the simulated machine"))
+    trace = parser.add_argument_group("a trace on a virtual clock")
+    for flag, arguments in _TRACE_FLAGS.items():
+        trace.add_argument(flag, **arguments)
+    return parser
+
+
+def _add_machine(group: argparse._ActionsContainer) -> None:
     for entry in fields(SimulatorConfig):
         default, unit, text = entry.default, entry.metadata["unit"], entry.metadata["help"]
         flags = [f"--{entry.name.replace('_', '-')}", *filter(None, [_ALIASES.get(entry.name)])]
@@ -54,15 +72,11 @@ def _parser() -> argparse.ArgumentParser:
             "help": f"{text} (default: {_shown(default, unit)})",
         }
         if name == "bool":
-            machine.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
         elif name in _TYPES:
-            machine.add_argument(*flags, type=_TYPES[name], metavar=unit.upper() or "N", **options)
+            group.add_argument(*flags, type=_TYPES[name], metavar=unit.upper() or "N", **options)
         else:
-            machine.add_argument(*flags, nargs="+", metavar="NAME", **options)
-    trace = parser.add_argument_group("a trace on a virtual clock")
-    for flag, arguments in _TRACE_FLAGS.items():
-        trace.add_argument(flag, **arguments)
-    return parser
+            group.add_argument(*flags, nargs="+", metavar="NAME", **options)
 
 
 _TRACE_FLAGS: dict[str, dict[str, Any]] = {
@@ -97,18 +111,39 @@ def _shown(default: Any, unit: str) -> str:
     return f"{default} {unit}".rstrip()
 
 
-def _config(given: dict[str, Any]) -> SimulatorConfig:
+def machine_config(preset: str | None, fit: Path | None, arguments: list[str], *, prog: str) -> SimulatorConfig:
+    """The simulated machine that a preset, a fit and the simulator's flags for it describe.
+
+    Raises ValueError naming the flag or the setting, the value and the rule; OSError for a fit that cannot be read.
+    """
+    parser = _Parser(prog=prog, add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    _add_machine(parser)
+    return _config(preset, fit, vars(parser.parse_args(arguments)))
+
+
+def machine_flags() -> tuple[str, ...]:
+    """The flags that `machine_config` takes."""
+    parser = argparse.ArgumentParser(add_help=False)
+    _add_machine(parser)
+    return tuple(flag for action in parser._actions for flag in action.option_strings)
+
+
+def _config(preset: str | None, fit: Path | None, given: dict[str, Any], *, is_fast: bool = False) -> SimulatorConfig:
     """The simulated machine. Raises ValueError or OSError naming the flag's field or the file."""
-    from replay.simulator.costs import PRESETS, fit_costs, read_step_rows
+    from replay.simulator.costs import PRESETS
 
     own = {entry.name: given[entry.name] for entry in fields(SimulatorConfig) if entry.name in given}
     if "models" in own:
         own["models"] = tuple(own["models"])
-    settings: dict[str, Any] = dict(PRESETS[given["preset"]]) if given["preset"] is not None else {}
-    if given["fit"] is not None:
-        settings |= fit_costs(read_step_rows(given["fit"])).settings()
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(sorted(PRESETS))}, got {preset!r}")
+    settings: dict[str, Any] = dict(PRESETS[preset]) if preset is not None else {}
+    if fit is not None:
+        from replay.simulator.measured import fit_file
+
+        settings |= fit_file(fit).settings()
     settings |= own
-    return SimulatorConfig.fast(**settings) if given["fast"] else SimulatorConfig(**settings)
+    return SimulatorConfig.fast(**settings) if is_fast else SimulatorConfig(**settings)
 
 
 def _trace_options(config: SimulatorConfig, given: dict[str, Any]) -> VirtualOptions:
@@ -150,10 +185,10 @@ def _run_trace(config: SimulatorConfig, options: VirtualOptions, given: dict[str
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs it; the process's exit status: 2 for a wrong flag, value or address, 1 for a trace that can not be run."""
-    given = vars(_parser().parse_args(arguments))
     status = 2
     try:
-        config = _config(given)
+        given = vars(_parser().parse_args(arguments))
+        config = _config(given["preset"], given["fit"], given, is_fast=given["fast"])
         if given["trace"] is not None:
             options = _trace_options(config, given)
             status = 1
@@ -164,10 +199,11 @@ def main(arguments: list[str] | None = None) -> int:
 
         serve(config, given["host"], given["port"], announce=lambda line: print(line, flush=True))
     except OSError as error:
-        print(error if error.filename is None else f"{error.filename}: {error.strerror}", file=sys.stderr)
+        text = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+        print(f"burstgate: {text}", file=sys.stderr)
         return status
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(f"burstgate: {error}", file=sys.stderr)
         return status
     except KeyboardInterrupt:
         return 130

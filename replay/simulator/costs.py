@@ -118,10 +118,11 @@ PRESETS: Mapping[str, Mapping[str, float | int | bool]] = MappingProxyType(
 """Settings of SimulatorConfig by name: GPU, size of a Llama 3.1 in BF16, GPUs under tensor parallelism."""
 
 
-def fit_costs(rows: NDArray[np.float64]) -> StepCosts:
+def fit_costs(rows: NDArray[np.float64], weights: NDArray[np.float64] | None = None) -> StepCosts:
     """The costs that fit measured steps best: least squares, none of them negative.
 
     rows: shape (n, 4), n >= 4, the columns of ROW_FIELDS: tokens, sequences, tokens and seconds, all >= 0.
+    weights: shape (n,), > 0: how many steps each row is the mean of; None is one each.
     Raises ValueError naming the first row that is out of range, or what is too little to tell the costs apart.
     The fit is exact least squares under the constraint: of the fits to each subset of the four terms, the best one
     without a negative coefficient (Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23).
@@ -143,12 +144,14 @@ def fit_costs(rows: NDArray[np.float64]) -> StepCosts:
             f"step rows: {len(rows)} rows can not tell the four costs apart: expected steps that differ in prefill"
             " tokens, in decoding sequences and in context tokens, independently of each other"
         )
+    root = np.sqrt(np.ones(len(rows)) if weights is None else weights)
+    terms, seconds = terms * root[:, None], rows[:, 3] * root
     best, best_error = np.zeros(4), math.inf
     for size in range(1, 5):
         for chosen in combinations(range(4), size):
             columns = list(chosen)
-            found = np.linalg.lstsq(terms[:, columns] / scale[columns], rows[:, 3], rcond=None)[0] / scale[columns]
-            error = float(np.sum((terms[:, columns] @ found - rows[:, 3]) ** 2))
+            found = np.linalg.lstsq(terms[:, columns] / scale[columns], seconds, rcond=None)[0] / scale[columns]
+            error = float(np.sum((terms[:, columns] @ found - seconds) ** 2))
             if (found >= 0).all() and error < best_error:
                 best, best_error = np.zeros(4), error
                 best[columns] = found

@@ -173,16 +173,25 @@ class _Exposition:
             family.add_metric(self._labels, buckets=buckets, sum_value=total)
             yield family
         config = self._config
+        # Those of vLLM's labels whose values mean something here; it writes None as text.
         cache = {
-            "block_size": str(config.block_size),
-            "enable_prefix_caching": str(config.enable_prefix_caching),
-            "engine": "0",
-            "num_gpu_blocks": str(config.num_blocks),
+            "block_size": config.block_size,
+            "cache_dtype": "auto",
+            "enable_prefix_caching": config.enable_prefix_caching,
+            "engine": 0,
+            "gpu_memory_utilization": 0.92,
+            "is_attention_free": False,
+            "kv_cache_size_tokens": config.num_blocks * config.block_size,
+            "num_cpu_blocks": None,
+            "num_gpu_blocks": config.num_blocks,
+            "num_gpu_blocks_override": config.num_gpu_blocks_override or None,
+            "prefix_caching_hash_algo": "sha256",
+            "sliding_window": None,
         }
         info = GaugeMetricFamily(
             "vllm:cache_config_info", "Information of the LLMEngine CacheConfig", labels=list(cache)
         )
-        info.add_metric(list(cache.values()), 1)
+        info.add_metric([str(value) for value in cache.values()], 1)
         yield info
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:

@@ -160,33 +160,6 @@ def _mixed(value: int) -> int:
     return value ^ value >> 31
 
 
-class _PrefixBlocks:
-    """The `prefix_blocks` of the rows that the plan is about to yield: it drops that column."""
-
-    def __init__(self, batches: Iterable[pl.DataFrame]) -> None:
-        self._batches = batches
-        self._parts: deque[tuple[int, pl.Series]] = deque()
-
-    def batches(self) -> Iterator[pl.DataFrame]:
-        """The batches, each remembered until a row after it is asked for."""
-        rows = 0
-        for batch in self._batches:
-            if "prefix_blocks" in batch.columns and batch["prefix_blocks"].null_count() < batch.height:
-                self._parts.append((rows, batch["prefix_blocks"]))
-            rows += batch.height
-            yield batch
-
-    def of(self, index: int) -> Sequence[int]:
-        """Those of a row; rows must be asked for in order."""
-        parts = self._parts
-        while parts and index >= parts[0][0] + len(parts[0][1]):
-            parts.popleft()
-        if not parts or index < parts[0][0]:
-            return ()
-        blocks = parts[0][1][index - parts[0][0]]
-        return () if blocks is None else tuple(blocks)
-
-
 class _Simulation:
     """One run."""
 
@@ -206,8 +179,7 @@ class _Simulation:
 
     def run(self, batches: Iterable[pl.DataFrame]) -> Iterator[SimulatedRequest]:
         """The requests in the order in which they end."""
-        prefixes = _PrefixBlocks(batches)
-        arrivals = self._sendable(plan(prefixes.batches(), self._options.plan))
+        arrivals = self._sendable(plan(batches, self._options.plan))
         engine, infinite = self._engine, float("inf")
         arrival = next(arrivals, None)
         now_s = 0.0
@@ -215,7 +187,7 @@ class _Simulation:
             if arrival is not None and engine.is_idle:
                 now_s = max(now_s, arrival.due_s)
             while arrival is not None and arrival.due_s <= now_s:
-                refused = self._arrive(arrival, prefixes)
+                refused = self._arrive(arrival)
                 if refused is not None:
                     yield refused
                 arrival = next(arrivals, None)
@@ -259,7 +231,7 @@ class _Simulation:
             else:
                 self._not_sent += 1
 
-    def _arrive(self, row: Planned, prefixes: _PrefixBlocks) -> SimulatedRequest | None:
+    def _arrive(self, row: Planned) -> SimulatedRequest | None:
         """Puts a request into the queue, or refuses it."""
         config, engine = self._config, self._engine
         request_tokens, response_tokens = row.request_tokens or 0, row.response_tokens or 0
@@ -272,8 +244,8 @@ class _Simulation:
         if engine.is_full:
             return self._end(row.index, row.due_s, Outcome.REJECTED, 0)
         hashes: Sequence[int] = ()
-        if config.enable_prefix_caching and (named := prefixes.of(row.index)):
-            hashes = split_blocks(named, self._options.hash_block_tokens, config.block_size, request_tokens)
+        if config.enable_prefix_caching and row.prefix_blocks:
+            hashes = split_blocks(row.prefix_blocks, self._options.hash_block_tokens, config.block_size, request_tokens)
         engine.add(SequenceRequest(row.index, request_tokens, response_tokens, row.due_s, hashes))
         if self._options.timeout_s is not None:
             self._deadlines.append((row.due_s + self._options.timeout_s, row.index))

@@ -59,6 +59,7 @@ def test_json_is_the_summary_and_always_the_same(trace: Path, capsys: pytest.Cap
         (["--timeout", "0.1"], {"ok": 0, "failures": {"upstream_timeout": 30}}),
         (["--max-model-len", "130"], {"failures": {"invalid_request": 24}}),
         (["--num-gpu-blocks-override", "1024", "--block-size", "32"], {"kv_blocks": 1024}),
+        (["--kv-blocks", "2048"], {"kv_blocks": 2048}),
         (["--enable-prefix-caching"], {"prefix_hit_rate": 0.0}),
         (["--preset", "h100-8b", "--no-enable-prefix-caching"], {"prefix_hit_rate": None}),
         (["--speed", "1000", "--max-num-seqs", "2", "--max-num-batched-tokens", "64"], {"max_running": 2}),
@@ -102,6 +103,9 @@ def test_a_fit_makes_the_steps(trace: Path, tmp_path: Path, capsys: pytest.Captu
         (["--trace", "TRACE", "--step-per-context-token-s", "inf"], "simulator: step_per_context_token_s: expected"),
         (["--limit", "3"], "--limit: it needs --trace"),
         (["--json"], "--json: it needs --trace"),
+        (["--nonsense"], "unrecognized arguments: --nonsense (see burstgate simulate --help)"),
+        (["--port", "x"], "argument --port: invalid int value: 'x'"),
+        (["--preset", "x"], "argument --preset: invalid choice: 'x'"),
     ],
 )
 def test_what_can_not_be_done_is_one_line_and_status_2(
@@ -109,6 +113,7 @@ def test_what_can_not_be_done_is_one_line_and_status_2(
 ) -> None:
     assert main([str(trace) if flag == "TRACE" else flag for flag in flags]) == 2
     captured = capsys.readouterr()
+    assert captured.err.startswith("burstgate: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
@@ -156,7 +161,7 @@ def test_a_trace_without_rows(trace: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_is_named(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--trace", str(trace), "--output", "/dev/full"]) == 1
-    assert capsys.readouterr().err == "/dev/full: No space left on device\n"
+    assert capsys.readouterr().err == "burstgate: /dev/full: No space left on device\n"
 
 
 def test_outcomes_are_the_record_s(trace: Path, tmp_path: Path) -> None:

@@ -764,7 +764,8 @@ def test_each_latency_has_its_histogram(slow: httpx.Client) -> None:
     assert metric(slow, "vllm:request_time_per_output_token_seconds_sum") == pytest.approx(0.01005, abs=0.01)
     assert metric(slow, "vllm:iteration_tokens_total_sum") == 8 + 5 + 3
     assert 'vllm:cache_config_info{block_size="16",' in slow.get("/metrics").text
-    assert 'num_gpu_blocks="256"' in slow.get("/metrics").text
+    assert 'num_gpu_blocks="256",num_gpu_blocks_override="None"' in slow.get("/metrics").text
+    assert 'kv_cache_size_tokens="4096"' in slow.get("/metrics").text
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------
