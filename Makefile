@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-compiled fuzz bench lint lock clean
+.PHONY: demo test test-slow test-compiled fuzz bench bench-replay lint lock clean
 
 .venv/.installed: requirements-dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"burstgate needs Python 3.11 or newer; {sys.executable} is {v[0]}.{v[1]} (set PYTHON=...)")'
@@ -37,6 +37,10 @@ fuzz: .venv/.installed
 # burstgate against its rivals, which it installs into .bench; under 15 minutes. ARGS='--only unary,stream' for a part.
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks.gateway --out benchmarks/results $(ARGS)
+
+# The same for replay, against other load generators; under 20 minutes. ARGS=--quick for burstgate alone, in 2.
+bench-replay: .venv/.installed
+	$(BIN)/python -m benchmarks.replay --out benchmarks/results $(ARGS)
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """How many times faster than real time the simulator runs on its virtual clock, and the paper's finding on it.
 
-    taskset -c 0 python benchmarks/simulator.py [REQUESTS]
+    taskset -c 0 python -m benchmarks.simulator [REQUESTS]
 
 Speed: REQUESTS (100,000) Poisson arrivals at 10 requests/s with lengths like BurstGPT's, on presets that it loads
 lightly and fully, without prefixes and with one shared by all. Planning the schedule is counted, reading a file is not.

@@ -28,6 +28,10 @@ PACKAGES = {
     "litellm": ("litellm[proxy]==1.106.0",),
     "clients": ("httpx==0.28.1", "aiohttp==3.14.5", "pyreqwest==0.15.1", "uvloop==0.23.0", "httptools==0.9.0"),
     "plot": ("matplotlib==3.11.2",),
+    "aiperf": ("aiperf==0.13.0",),
+    "guidellm": ("torch==2.13.0", "guidellm==0.8.1"),
+    "evalscope": ("torch==2.13.0", "evalscope[perf]==1.14.1"),
+    "inference-perf": ("inference-perf==0.7.0",),
 }
 DEBIAN = {"nginx": ("nginx",), "wrk": ("wrk", "libluajit-5.1-2")}
 
@@ -77,24 +81,40 @@ def interpreter() -> tuple[str, str]:
     return path, versions[path]
 
 
-def _new_environment(folder: Path, install: Sequence[Sequence[str]]) -> None:
+def _new_environment(folder: Path, install: Sequence[Sequence[str]], python: str) -> None:
     """A virtual environment, made with the present one's pip: a distribution's Python may have none."""
     shutil.rmtree(folder, ignore_errors=True)
     what = f"installing {folder.name}"
-    run_quietly([interpreter()[0], "-m", "venv", "--without-pip", str(folder)], what=what)
+    run_quietly([python, "-m", "venv", "--without-pip", str(folder)], what=what)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(folder / "bin" / "python")]
     for argv in install:
         run_quietly([*pip, "install", "-q", *argv], what=what)
 
 
-def environment(name: str) -> Path:
-    """The bin folder of a virtual environment with `PACKAGES[name]`. Raises BenchError."""
+def newer_interpreter(minor: int) -> tuple[str, str]:
+    """A Python 3 of at least this minor version, for a rival that needs it, and its version. Raises BenchError."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
+    names = [f"python3.{number}" for number in range(minor, minor + 3)]
+    for path in [*names, *(str(found) for name in names for found in sorted(pyenv.glob(f"*/bin/{name}")))]:
+        asked = subprocess.run(["/usr/bin/env", path, "-c", _ASK], capture_output=True, text=True, check=False)
+        words = asked.stdout.split()
+        if len(words) == 4 and int(words[1]) >= minor:  # a name on the path may stand for a version that is not there
+            return path, words[2]
+    raise BenchError(f"no Python 3.{minor} or newer on this machine")
+
+
+def environment(name: str, python: tuple[str, str] | None = None) -> Path:
+    """The bin folder of a virtual environment with `PACKAGES[name]`. Raises BenchError.
+
+    python: path and version of another interpreter than `interpreter`.
+    """
     folder = BENCH / name
-    wanted = "\n".join((*interpreter(), *PACKAGES[name])) + "\n"
+    python = python or interpreter()
+    wanted = "\n".join((*python, *PACKAGES[name])) + "\n"
     marker = folder / "installed.txt"
     if not marker.is_file() or marker.read_text() != wanted:
         say(f"installing {', '.join(PACKAGES[name])} into {folder.relative_to(ROOT)}")
-        _new_environment(folder, [PACKAGES[name]])
+        _new_environment(folder, [PACKAGES[name]], python[0])
         marker.write_text(wanted)
     return folder / "bin"
 
@@ -122,7 +142,7 @@ def installed_burstgate() -> Path:
         )  # fmt: skip
         wheel = next(wheels.glob("*.whl"))
         lock = ("--require-hashes", "-r", str(ROOT / "requirements.lock"))
-        _new_environment(folder, [lock, ("--no-deps", str(wheel))])
+        _new_environment(folder, [lock, ("--no-deps", str(wheel))], interpreter()[0])
         marker.write_text(wanted)
     return folder / "bin"
 

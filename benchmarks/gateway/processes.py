@@ -135,6 +135,10 @@ class Running:
                 argv, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env={**os.environ, **env}, cwd=folder
             )
 
+    def status(self) -> int | None:
+        """What it ended with; None while it runs."""
+        return self._process.poll()
+
     def cpu_s(self) -> float:
         """CPU seconds of the tree so far. Raises BenchError when it has ended."""
         if self._process.poll() is not None:

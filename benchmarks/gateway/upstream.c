@@ -3,9 +3,14 @@
  *   upstream PORT        serves on 127.0.0.1:PORT until SIGTERM, in one thread
  *
  * POST /v1/chat/completions   a plain answer, or with "stream":true one event for each token
+ * POST /v1/completions        the same, in that route's words
  * GET  /stats                 counters, as JSON
  * GET  /configure?chunks=N&delay_us=D&first_us=F   answers from now on: N content events, D µs between two of them
  *                             (absolute deadlines; 0: as fast as they are taken), F µs before the first byte of content
+ * GET  /configure?arrivals=N  note the next N requests, in memory that is ready beforehand; 0 notes none, as at the start
+ * GET  /arrivals              the requests noted, a line each: nanoseconds of CLOCK_REALTIME when its last byte had been
+ *                             read, bytes of its body, `max_tokens` or `max_completion_tokens` in it (-1: neither), its
+ *                             X-Request-Id or -
  * GET  anything else          200 and {}, but for /v1/models
  *
  * Rules of a fair mock: no two events or answers are equal (each carries the clock, in nanoseconds of CLOCK_MONOTONIC);
@@ -40,7 +45,7 @@ enum kind { NOTHING, UNARY, STREAM };
 
 struct conn {
     int fd;
-    bool closed, queued, wants_usage, wants_out;
+    bool closed, queued, wants_usage, wants_out, is_chat;
     enum kind answering;
     char *in, *out; /* received and not yet read; written and not yet taken by the kernel */
     size_t in_len, in_cap, out_len, out_cap;
@@ -60,13 +65,22 @@ static struct queue {
     struct conn *head, *tail;
     size_t len;
 } firsts, nexts;
+static struct arrival {
+    uint64_t at_ns;
+    size_t body_len;
+    long max_tokens;
+    char id[64];
+} *arrivals;
+static size_t arrivals_len, arrivals_cap;
 static int epoll_fd;
 
-static uint64_t now_ns(void) {
+static uint64_t clock_ns(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
+
+static uint64_t now_ns(void) { return clock_ns(CLOCK_MONOTONIC); }
 
 static void die(const char *what) {
     perror(what);
@@ -147,7 +161,14 @@ static void put_json(struct conn *c, const char *status, const char *body) {
 
 static void put_unary(struct conn *c) {
     char body[1024];
-    snprintf(body, sizeof body,
+    if (!c->is_chat)
+        snprintf(body, sizeof body,
+                 "{\"id\":\"cmpl-%016llx\",\"object\":\"text_completion\",\"created\":1793577600,\"model\":\"" MODEL
+                 "\",\"choices\":[{\"index\":0,\"text\":\"At %llu the answer was the same.\",\"logprobs\":null,"
+                 "\"finish_reason\":\"stop\",\"stop_reason\":null}],\"usage\":{\"prompt_tokens\":128,"
+                 "\"total_tokens\":152,\"completion_tokens\":24}}",
+                 (unsigned long long)c->id, (unsigned long long)now_ns());
+    else snprintf(body, sizeof body,
              "{\"id\":\"chatcmpl-%016llx\",\"object\":\"chat.completion\",\"created\":1793577600,\"model\":\"" MODEL
              "\",\"choices\":[{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"At %llu the answer was "
              "that a gateway should cost less than what it carries, and that what it carries should arrive whole.\","
@@ -166,15 +187,18 @@ static void put_unary(struct conn *c) {
 static void put_step(struct conn *c) {
     char data[768];
     int n;
-    const char *head = "data: {\"id\":\"chatcmpl-%016llx\",\"object\":\"chat.completion.chunk\",\"created\":1793577600,"
-                       "\"model\":\"" MODEL "\",\"choices\":[";
+    const char *head = c->is_chat ? "data: {\"id\":\"chatcmpl-%016llx\",\"object\":\"chat.completion.chunk\",\"created\":"
+                                    "1793577600,\"model\":\"" MODEL "\",\"choices\":["
+                                  : "data: {\"id\":\"cmpl-%016llx\",\"object\":\"text_completion\",\"created\":"
+                                    "1793577600,\"model\":\"" MODEL "\",\"choices\":[";
     n = snprintf(data, sizeof data, head, (unsigned long long)c->id);
     if (c->step == 0)
         n += snprintf(data + n, sizeof data - (size_t)n, "{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":"
                       "\"\"},\"logprobs\":null,\"finish_reason\":null}]}\n\n");
     else
-        n += snprintf(data + n, sizeof data - (size_t)n, "{\"index\":0,\"delta\":{\"content\":\" %llu\"},\"logprobs\":"
-                      "null,\"finish_reason\":%s,\"token_ids\":null}]}\n\n", (unsigned long long)now_ns(),
+        n += snprintf(data + n, sizeof data - (size_t)n, "{\"index\":0,%s\" %llu\"%s,\"logprobs\":null,\"finish_reason\":%s,"
+                      "\"token_ids\":null}]}\n\n", c->is_chat ? "\"delta\":{\"content\":" : "\"text\":",
+                      (unsigned long long)now_ns(), c->is_chat ? "}" : "",
                       c->step == chunks ? "\"stop\",\"stop_reason\":null" : "null");
     put_event(c, data, n);
     if (c->step++ < chunks) return;
@@ -202,15 +226,41 @@ static bool is_true(const char *json, size_t len, const char *key) {
     return false;
 }
 
-static void answer_chat(struct conn *c, const char *body, size_t len) {
+/* The integer after `"key":`; -1 when there is none. */
+static long integer_of(const char *json, size_t len, const char *key) {
+    const char *end = json + len, *p = memmem(json, len, key, strlen(key));
+    long n = -1;
+    if (!p) return -1;
+    for (p += strlen(key); p < end && strchr(" \t\r\n:", *p); p++);
+    for (; p < end && *p >= '0' && *p <= '9'; p++) n = (n < 0 ? 0 : n) * 10 + (*p - '0');
+    return n;
+}
+
+static void note_arrival(const char *head, const char *body, size_t len) {
+    struct arrival *a = &arrivals[arrivals_len++];
+    a->at_ns = clock_ns(CLOCK_REALTIME);
+    a->body_len = len;
+    a->max_tokens = integer_of(body, len, "\"max_tokens\"");
+    if (a->max_tokens < 0) a->max_tokens = integer_of(body, len, "\"max_completion_tokens\"");
+    strcpy(a->id, "-");
+    for (const char *p = head; (p = memmem(p, (size_t)(body - p), "\r\n", 2)) && p + 17 < body;) {
+        p += 2;
+        if (strncasecmp(p, "x-request-id:", 13)) continue;
+        for (p += 13; *p == ' '; p++);
+        for (size_t n = 0; n < sizeof a->id - 1 && *p > ' '; n++) a->id[n] = *p++; /* a head ends in CR */
+    }
+}
+
+static void answer_generate(struct conn *c, const char *body, size_t len, bool is_chat) {
     stats.requests++;
     stats.body_bytes += len;
     c->id = stats.requests;
+    c->is_chat = is_chat;
     if (is_true(body, len, "\"stream\"")) {
         static const char head[] = "HTTP/1.1 200 OK\r\ndate: Mon, 02 Nov 2026 00:00:00 GMT\r\nserver: uvicorn\r\n"
                                    "content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n";
         c->answering = STREAM;
-        c->step = 0;
+        c->step = is_chat ? 0 : 1;
         c->wants_usage = is_true(body, len, "\"include_usage\"");
         stats.streams++;
         stats.usage_asked += c->wants_usage;
@@ -223,6 +273,30 @@ static void answer_chat(struct conn *c, const char *body, size_t len) {
     }
 }
 
+/* Also forgets what has been noted. */
+static void reserve_arrivals(size_t count) {
+    arrivals_len = 0;
+    arrivals_cap = count;
+    if (count && !(arrivals = realloc(arrivals, count * sizeof *arrivals))) die("realloc");
+    if (count) memset(arrivals, 0, count * sizeof *arrivals); /* no page is to be made while a load runs */
+}
+
+static void put_arrivals(struct conn *c) {
+    char line[160], head[160], *body = NULL;
+    size_t len = 0, cap = 0;
+    for (const struct arrival *a = arrivals; a < arrivals + arrivals_len; a++) {
+        int n = snprintf(line, sizeof line, "%llu %zu %ld %s\n", (unsigned long long)a->at_ns, a->body_len, a->max_tokens,
+                         a->id);
+        body = grown(body, &cap, len + (size_t)n);
+        memcpy(body + len, line, (size_t)n);
+        len += (size_t)n;
+    }
+    int n = snprintf(head, sizeof head, "HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: %zu\r\n\r\n", len);
+    put(c, head, (size_t)n);
+    put(c, body, len);
+    free(body);
+}
+
 static void answer_get(struct conn *c, const char *path) {
     char body[512];
     if (!strncmp(path, "/configure?", 11)) {
@@ -230,7 +304,10 @@ static void answer_get(struct conn *c, const char *path) {
         if ((value = strstr(path, "chunks="))) chunks = atol(value + 7) > 0 ? atol(value + 7) : 1;
         if ((value = strstr(path, "delay_us="))) delay_ns = strtoull(value + 9, NULL, 10) * 1000;
         if ((value = strstr(path, "first_us="))) first_ns = strtoull(value + 9, NULL, 10) * 1000;
+        if ((value = strstr(path, "arrivals="))) reserve_arrivals(strtoull(value + 9, NULL, 10));
         put_json(c, "200 OK", "{}");
+    } else if (!strcmp(path, "/arrivals")) {
+        put_arrivals(c);
     } else if (!strcmp(path, "/stats")) {
         snprintf(body, sizeof body,
                  "{\"requests\":%llu,\"streams\":%llu,\"completed\":%llu,\"aborted\":%llu,\"in_flight\":%llu,"
@@ -295,8 +372,10 @@ static void answer(struct conn *c) {
         memcpy(path, target, target_len);
         path[target_len] = 0;
         if (is_get) answer_get(c, path);
-        else if (!strcmp(path, "/v1/chat/completions")) answer_chat(c, head_end, (size_t)len);
-        else put_json(c, "404 Not Found", "{\"error\":{\"message\":\"Not Found\"}}");
+        else if (!strcmp(path, "/v1/chat/completions") || !strcmp(path, "/v1/completions")) {
+            if (arrivals_len < arrivals_cap) note_arrival(c->in, head_end, (size_t)len);
+            answer_generate(c, head_end, (size_t)len, path[4] == 'c' && path[5] == 'h');
+        } else put_json(c, "404 Not Found", "{\"error\":{\"message\":\"Not Found\"}}");
         c->in_len -= whole;
         memmove(c->in, c->in + whole, c->in_len);
     }
