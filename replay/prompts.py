@@ -366,6 +366,9 @@ async def fit(
     best, best_tokens = draft, await count(draft)
     counted = best_tokens
     tried = {draft[:2]}
+    # Tokens a word, as the last two lengths show it; before there are two, of few words the ratio says little.
+    is_known = model.is_exact or draft.pool_chars or draft.words < 8
+    slope = model.tokens_per_word if is_known else (counted - base_tokens) / draft.words
     for attempt in range(1, MAX_TRIES):
         missing = tokens - counted
         if not missing or (missing < 0 and draft.words <= 1 and not draft.pool_chars and model.is_exact):
@@ -380,14 +383,16 @@ async def fit(
             chars = max(0, int(wanted * POOL_SHARE / per_char)) if attempt <= POOL_TRIES else 0
             words = words if chars else model.words_in(tokens - base_tokens)
         else:
-            # Of few words the ratio says little, and less where the base is a guess.
-            usual = model.tokens_per_word
-            shown = usual if chars or words < 8 else min(max(text_tokens / words, usual / 2), 2 * usual)
-            words = max(1, words + round(missing / shown))
+            words = max(
+                1, words + round(missing / min(max(slope, model.tokens_per_word / 2), 2 * model.tokens_per_word))
+            )
         # A length that was tried before needs other words.
+        before, before_tokens = draft, counted
         draft = Draft(words, chars, attempt if (words, chars) in tried else 0)
         tried.add((words, chars))
         counted = await count(draft)
+        if chars == before.pool_chars and abs(words - before.words) >= 8:
+            slope = (counted - before_tokens) / (words - before.words)
         if abs(counted - tokens) < abs(best_tokens - tokens):
             best, best_tokens = draft, counted
     return best, best_tokens

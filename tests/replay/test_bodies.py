@@ -26,7 +26,7 @@ HELLO = [{"role": "user", "content": "hello"}]
         ("chat", {"stream": False}, {**ASKED, "messages": HELLO}),
         ("completions", {"stream": True}, {**STREAMED, "prompt": "hello"}),
         ("embeddings", {"stream": True}, {"model": "m", "input": "hello"}),
-        ("embeddings", {"stream": False, "fields": {"dimensions": 3}}, {"model": "m", "input": "hello", "dimensions": 3}),
+        ("embeddings", {"stream": False, "fields": {"user": "u"}}, {"model": "m", "input": "hello", "user": "u"}),
         (
             "completions",
             {"stream": False, "max_tokens": False, "min_tokens": False, "ignore_eos": False},

@@ -35,7 +35,6 @@ from replay.prompts import (
 )
 from replay.schedule import Planned
 
-
 TRACES = Path(os.environ.get("BURSTGATE_TRACES", Path(__file__).parents[2].parent / "shared" / "traces"))
 
 
