@@ -670,8 +670,36 @@ def replay(
     ties: Annotated[
         str, typer.Option(help="spread equal whole-second stamps inside their second, or keep them.")
     ] = "spread",
-    endpoint: Annotated[str, typer.Option(help="chat or completions.")] = "chat",
+    endpoint: Annotated[str, typer.Option(help="chat, completions or embeddings.")] = "chat",
     stream: Annotated[bool, typer.Option(help="Ask for streamed answers.")] = True,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The model's tokenizer.json, or a folder with it and the chat template.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts to take texts from: ShareGPT JSON, JSONL, or a text with one a line.")
+    ] = None,
+    history: Annotated[
+        str, typer.Option(help="A session's earlier turns in each request: none, synthetic or real answers.")
+    ] = "none",
+    block_tokens: Annotated[int | None, typer.Option(help="Of the trace's prefix blocks, if it does not say.")] = None,
+    blocks: Annotated[
+        bool, typer.Option(" /--no-blocks", show_default=False, help="Make no prompts of the trace's prefix blocks.")
+    ] = True,
+    extra_body: Annotated[
+        str | None, typer.Option(help="JSON object whose fields replace ours in each body; @FILE reads it.")
+    ] = None,
+    header: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE or NAME=$VARIABLE of the environment; repeatable.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option(" /--no-ignore-eos", show_default=False, help="Let answers end by themselves.")
+    ] = True,
+    min_tokens: Annotated[
+        bool, typer.Option(" /--no-min-tokens", show_default=False, help="Ask for no least length.")
+    ] = True,
+    max_tokens: Annotated[
+        bool, typer.Option(" /--no-max-tokens", show_default=False, help="Ask for no greatest length.")
+    ] = True,
     format: Format = None,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the API key.")] = None,
     run_id: Annotated[str | None, typer.Option(help="Name of this run in the records.")] = None,
@@ -684,6 +712,8 @@ def replay(
 ) -> None:
     """Send a trace to a server, open loop on absolute deadlines, and report what came back."""
     from replay.arrivals import ArrivalOptions
+    from replay.bodies import parse_fields, parse_header
+    from replay.prompts import PromptOptions
     from replay.runner import ReplayOptions
     from replay.runner import replay as run
     from replay.scaling import ScaleOptions, asked_rate_rps
@@ -698,6 +728,13 @@ def replay(
             log_types=_one_of(only_log_type, LOG_TYPES, "--only-log-type"), sessions=tuple(only_session or ()),
             outcomes=tuple(only_outcome or ()), idle_cap_s=idle_cap, passes=loop or None, rate_scale=rate_scale,
             target_rps=target_rps, speed=speed, seed=seed, model_map=_model_map(model_map),
+        )  # fmt: skip
+        told: Any = history
+        texts = PromptOptions(
+            tokenizer=tokenizer, pool=prompts, blocks=blocks, block_tokens=block_tokens, history=told,
+            max_tokens=max_tokens, min_tokens=min_tokens, ignore_eos=ignore_eos,
+            extra_body={} if extra_body is None else parse_fields(extra_body),
+            extra_headers=tuple(parse_header(each) for each in header or ()),
         )  # fmt: skip
         if (model is None) == (not source.model_map and not keep_models):
             raise ConfigError("--model: expected one model for all rows, or --model-map or --keep-models, and not both")
@@ -715,7 +752,7 @@ def replay(
                 rate = found
         arrivals = ArrivalOptions(named, rate, shape, curve, fitted)
         options = ReplayOptions(
-            target=target, model=model or "", speed=speed, limit=limit, source=source,
+            prompts=texts, target=target, model=model or "", speed=speed, limit=limit, source=source,
             arrivals=arrivals, warmup_s=warmup, seed=seed,
             stream=stream, format=format, api_key_env=api_key_env, run_id=run_id, samples=samples, json=json,
             max_in_flight=max_in_flight, timeout_s=timeout, max_error_rate=max_error_rate, quiet=quiet, **literal,

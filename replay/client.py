@@ -33,10 +33,18 @@ from wire.http import ConnectFailed, ConnectionLost, Exchange, HttpClient
 from wire.http1 import BadResponse, Headers
 from wire.shapes import Family, Usage
 
-Endpoint = Literal["chat", "completions"]
+Endpoint = Literal["chat", "completions", "embeddings"]
 
-TARGETS: dict[Endpoint, bytes] = {"chat": b"/v1/chat/completions", "completions": b"/v1/completions"}
-FAMILIES: dict[Endpoint, Family] = {"chat": Family.CHAT, "completions": Family.COMPLETIONS}
+TARGETS: dict[Endpoint, bytes] = {
+    "chat": b"/v1/chat/completions",
+    "completions": b"/v1/completions",
+    "embeddings": b"/v1/embeddings",
+}
+FAMILIES: dict[Endpoint, Family] = {
+    "chat": Family.CHAT,
+    "completions": Family.COMPLETIONS,
+    "embeddings": Family.EMBEDDINGS,
+}
 
 MAX_ANSWER_BYTES = 32 * 1024 * 1024
 """An answer to one of the replay's own questions (/v1/models, /tokenize) beyond this is no answer."""
@@ -68,6 +76,8 @@ class Reply:
     error: str | None = None
     gaps_ns: list[int] = field(default_factory=list)
     """Between content chunks; 0 between chunks that arrived together."""
+    text: str | None = None
+    """Of the answer, where it was to be kept and is not too long."""
 
 
 def header_value(text: str) -> bytes:
@@ -75,8 +85,8 @@ def header_value(text: str) -> bytes:
     return quote(text, safe=_VISIBLE, errors="replace").strip().encode()
 
 
-def request_headers(row: Planned, run_id: str, api_key: str | None) -> Headers:
-    """The headers of a row's request, but for Content-Length."""
+def request_headers(row: Planned, run_id: str, api_key: str | None, extra: Headers | None = None) -> Headers:
+    """The headers of a row's request, but for Content-Length. extra: the user's own."""
     headers = [
         (b"content-type", b"application/json"),
         (b"x-request-id", f"{run_id}-{row.index}".encode()),
@@ -86,25 +96,12 @@ def request_headers(row: Planned, run_id: str, api_key: str | None) -> Headers:
     ]
     if row.session_id is not None and (session_id := header_value(row.session_id)):
         headers.append((b"x-session-id", session_id))
-    return headers + auth_headers(api_key)
+    return headers + auth_headers(api_key) + (extra or [])
 
 
 def auth_headers(api_key: str | None) -> Headers:
     """OpenAI's bearer header, or none."""
     return [] if api_key is None else [(b"authorization", b"Bearer " + api_key.encode())]
-
-
-def request_body(endpoint: Endpoint, model: str, prompt: str, response_tokens: int, *, stream: bool) -> bytes:
-    """A request for exactly `response_tokens` tokens, as vLLM takes it; without a model it takes its only one."""
-    body: dict[str, object] = {"model": model} if model else {}
-    if endpoint == "chat":
-        body["messages"] = [{"role": "user", "content": prompt}]
-    else:
-        body["prompt"] = prompt
-    body |= {"max_tokens": response_tokens, "min_tokens": response_tokens, "ignore_eos": True, "stream": stream}
-    if stream:
-        body["stream_options"] = {"include_usage": True}
-    return msgspec.json.encode(body)
 
 
 def outcome_of(status: int, accounted: Accounted, *, is_stream: bool, is_terminal: bool) -> tuple[Outcome, str | None]:
@@ -128,11 +125,18 @@ def outcome_of(status: int, accounted: Accounted, *, is_stream: bool, is_termina
 
 
 async def send(
-    http: HttpClient, endpoint: Endpoint, headers: Headers, body: bytes, limit: asyncio.Timeout, began_ns: int
+    http: HttpClient,
+    endpoint: Endpoint,
+    headers: Headers,
+    body: bytes,
+    limit: asyncio.Timeout,
+    began_ns: int,
+    *,
+    keep_text: bool = False,
 ) -> Reply:
     """Send one request and read its answer to the end. Failures come back as the reply's outcome.
 
-    limit: entered here; when it fires the outcome is `upstream_timeout`.
+    limit: entered here; when it fires the outcome is `upstream_timeout`. keep_text: collect `Reply.text`.
     """
     exchange: Exchange | None = None
     account: StreamAccount | UnaryAccount | NoAccount = NoAccount()
@@ -143,7 +147,7 @@ async def send(
                 b"POST", TARGETS[endpoint], [*headers, (b"content-length", b"%d" % len(body))], body
             )
             await exchange.wait_head()
-            account = _account_for(exchange, FAMILIES[endpoint])
+            account = _account_for(exchange, FAMILIES[endpoint], keep_text=keep_text)
             await _read(exchange, account, gaps_ns)
         outcome, error = outcome_of(
             exchange.status,
@@ -176,13 +180,14 @@ async def send(
         status=exchange.status if exchange is not None and exchange.has_head else None,
         error=error,
         gaps_ns=gaps_ns,
+        text=None if accounted.answer is None else accounted.answer.decode("utf-8", "replace"),
     )
 
 
-def _account_for(exchange: Exchange, family: Family) -> StreamAccount | UnaryAccount:
+def _account_for(exchange: Exchange, family: Family, *, keep_text: bool) -> StreamAccount | UnaryAccount:
     content_type = next((value for name, value in exchange.headers if name.lower() == b"content-type"), b"")
     is_stream = exchange.status < 300 and content_type.lower().startswith(b"text/event-stream")
-    return StreamAccount(family) if is_stream else UnaryAccount(family)
+    return (StreamAccount if is_stream else UnaryAccount)(family, keep_answer=keep_text)
 
 
 async def _read(exchange: Exchange, account: StreamAccount | UnaryAccount, gaps_ns: list[int]) -> None:
@@ -238,12 +243,12 @@ class Counted(msgspec.Struct, frozen=True):
     max_model_len: int | None = None
 
 
-async def list_models(http: HttpClient, api_key: str | None) -> list[str]:
+async def list_models(http: HttpClient, api_key: str | None, extra: Headers | None = None) -> list[str]:
     """The names of the models that the target serves.
 
     Raises Unanswered, ConnectFailed, ConnectionLost, BadResponse, TimeoutError.
     """
-    status, body = await _ask(http, b"GET", b"/v1/models", auth_headers(api_key), b"")
+    status, body = await _ask(http, b"GET", b"/v1/models", auth_headers(api_key) + (extra or []), b"")
     if status != 200:
         raise Unanswered(f"HTTP {status}", status)
     try:
@@ -252,25 +257,20 @@ async def list_models(http: HttpClient, api_key: str | None) -> list[str]:
         raise Unanswered("not a list of models") from None
 
 
-async def count_tokens(http: HttpClient, endpoint: Endpoint, model: str, text: str, api_key: str | None) -> Counted:
+async def count_tokens(http: HttpClient, question: bytes, extra: Headers) -> Counted:
     """The tokens that the target counts for a prompt, its chat template included.
 
+    question: the body, of `BodyWriter.question`. extra: the key's header and the user's.
     Raises Unanswered when it cannot be had for any reason.
     """
-    body: dict[str, object] = {"model": model} if model else {}
-    if endpoint == "chat":
-        body |= {"messages": [{"role": "user", "content": text}], "add_generation_prompt": True}
-    else:
-        body["prompt"] = text
-    data = msgspec.json.encode(body)
     headers = [
         (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(data)),
+        (b"content-length", b"%d" % len(question)),
         (b"x-burstgate-origin", Origin.REPLAY.encode()),
-        *auth_headers(api_key),
+        *extra,
     ]
     try:
-        status, answer = await _ask(http, b"POST", b"/tokenize", headers, data)
+        status, answer = await _ask(http, b"POST", b"/tokenize", headers, question)
         if status != 200:
             raise Unanswered(f"HTTP {status}", status)
         return msgspec.json.decode(answer, type=Counted)
@@ -295,11 +295,13 @@ async def _ask(http: HttpClient, method: bytes, target: bytes, headers: Headers,
             exchange.abort()
 
 
-async def check_target(http: HttpClient, models: Sequence[str], api_key: str | None) -> None:
+async def check_target(
+    http: HttpClient, models: Sequence[str], api_key: str | None, extra: Headers | None = None
+) -> None:
     """Raises ReplayError when the target cannot be reached, refuses the key or lists models without one of `models`."""
     url = http.url.text
     try:
-        names = await list_models(http, api_key)
+        names = await list_models(http, api_key, extra)
     except ConnectFailed as error:
         raise ReplayError(f"cannot reach the target: {error}") from None
     except TimeoutError:

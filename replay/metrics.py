@@ -159,9 +159,12 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     stopped_by: str | None
     """The error that ended the reading of the trace."""
     prompt_method: str
-    """`tokenize`: counted by the target before it was sent; `usage`: from the usage of earlier answers."""
+    """Who counted before it was sent: `local`, a local tokenizer; `tokenize`, the target; `usage`: nobody, lengths
+    follow from the usage of earlier answers."""
     prompts_counted: int
-    """Prompts that the target had counted when they were sent."""
+    """Prompts that had been counted when they were sent."""
+    prompt_notes: tuple[str, ...] = ()
+    """What is to be known of the prompts, a line each."""
     max_model_len: int | None
     """Of the target, where it says so."""
     over_max_model_len: int

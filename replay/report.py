@@ -133,6 +133,7 @@ def warnings(summary: Summary) -> list[str]:
         )
     if summary.prompt_method == "usage":
         found.append("the target has no /tokenize, so prompt lengths were guessed from the usage of earlier answers")
+    found += summary.prompt_notes
     for name, fidelity in (("prompt", summary.prompts), ("answer", summary.outputs)):
         inexact = fidelity.known - fidelity.exact
         if inexact:

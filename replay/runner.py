@@ -34,9 +34,11 @@ import msgspec
 
 from replay.ahead import COUNTERS, Ahead, Prepared
 from replay.arrivals import ArrivalOptions
+from replay.bodies import header_lines
 from replay.client import FAMILIES, Endpoint, check_target, read_api_key, request_headers, send
 from replay.client import ReplayError as ReplayError
 from replay.metrics import Summary, Tally, Workload
+from replay.prompts import PromptOptions, with_block_tokens
 from replay.report import Progress, progress_shown, render
 from replay.rows import open_rows
 from replay.sample import SamplesFile, measure
@@ -77,6 +79,8 @@ class ReplayOptions:
     ties: Ties = "spread"
     endpoint: Endpoint = "chat"
     stream: bool = True
+    """Of chat and completions."""
+    prompts: PromptOptions = field(default_factory=PromptOptions)
     format: str | None = None
     """Of the trace; None finds it out."""
     api_key_env: str | None = None
@@ -97,7 +101,11 @@ class ReplayOptions:
         if self.arrivals.process != "trace" and self.speed != 1:
             raise ValueError(f"speed: expected 1 with the process {self.arrivals.process}, got {self.speed:g}")
         if self.endpoint not in FAMILIES:
-            raise ValueError(f"endpoint: expected chat or completions, got {self.endpoint!r}")
+            raise ValueError(f"endpoint: expected chat, completions or embeddings, got {self.endpoint!r}")
+        if self.endpoint == "embeddings" and self.prompts.history != "none":
+            raise ValueError(f"history: expected none with the endpoint embeddings, got {self.prompts.history}")
+        if self.api_key_env is not None and "authorization" in (name.lower() for name, _ in self.prompts.extra_headers):
+            raise ValueError("header authorization: expected without an API key, which is sent in it, got both")
         if self.run_id is not None and not _RUN_ID.fullmatch(self.run_id):
             raise ValueError(f"run id: expected 1 to 100 visible ASCII characters, got {self.run_id!r}")
         if self.max_in_flight is not None and self.max_in_flight < 1:
@@ -151,6 +159,7 @@ def replay(trace: Path | None, options: ReplayOptions, *, console: Console) -> S
     if options.json is not None and not options.json.parent.is_dir():
         raise ReplayError(f"summary file {options.json}: no such directory")
     planned = plan_file(trace, options)
+    options = dataclasses.replace(options, prompts=with_block_tokens(options.prompts, trace, options.format))
     stop = Stop()
     with asyncio.Runner(loop_factory=_fast_loop()) as runner, ExitStack() as undo:
         undo.enter_context(_signals(runner.get_loop(), stop.press))
@@ -179,7 +188,7 @@ async def run(
     _raise_file_limit()
     with ExitStack() as undo:
         undo.callback(http.close)
-        await check_target(http, options.models, api_key)
+        await check_target(http, options.models, api_key, header_lines(options.prompts.extra_headers))
         samples = None if options.samples is None else undo.enter_context(SamplesFile(options.samples))
         interval_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -209,6 +218,7 @@ class _Run:
             stream=options.stream,
             seed=options.seed,
             api_key=api_key,
+            prompts=options.prompts,
         )
         self._options = options
         self._http = http
@@ -304,8 +314,10 @@ class _Run:
             self._over_max_model_len += asked_tokens > self._ahead.max_model_len
         limit = asyncio.timeout(options.timeout_s)
         self._limits.add(limit)
-        headers = request_headers(row, self._run_id, self._api_key)
-        reply = await send(self._http, options.endpoint, headers, prepared.body, limit, began_ns)
+        headers = request_headers(row, self._run_id, self._api_key, self._ahead.extra_headers)
+        reply = await send(
+            self._http, options.endpoint, headers, prepared.body, limit, began_ns, keep_text=self._ahead.wants_text
+        )
         self._limits.discard(limit)
         if self._is_cut and reply.outcome is Outcome.UPSTREAM_TIMEOUT:
             reply = dataclasses.replace(reply, outcome=Outcome.CLIENT_GONE, error="the replay was interrupted")
@@ -314,7 +326,7 @@ class _Run:
             self._slots.release()
         if not self._in_flight:
             self._is_idle.set()
-        self._ahead.learn_from(prepared, reply.usage)
+        self._ahead.answered(prepared, reply.text, reply.usage, reply.outcome is Outcome.OK)
         sample = measure(row, reply, start_ns)
         if row.is_warmup:
             self._tally.warmup += 1
@@ -340,7 +352,7 @@ class _Run:
             target=self._http.url.text,
             model=options.model,
             endpoint=options.endpoint,
-            stream=options.stream,
+            stream=options.stream and options.endpoint != "embeddings",
             run_id=self._run_id,
             speed=options.speed,
             warmup_s=options.warmup_s,
@@ -355,8 +367,9 @@ class _Run:
             unsent=ahead.rows_read - ahead.failed_in_source - ahead.without_tokens - self._tried,
             is_interrupted=self._stop.sending.is_set(),
             stopped_by=None if ahead.error is None else str(ahead.error),
-            prompt_method="tokenize" if ahead.has_tokenizer else "usage",
+            prompt_method=ahead.method,
             prompts_counted=self._prompts_counted,
+            prompt_notes=ahead.notes,
             max_model_len=ahead.max_model_len,
             over_max_model_len=self._over_max_model_len,
             samples_error=None if self._samples is None else self._samples.error,

@@ -89,6 +89,7 @@ def test_tests_are_imported_by_tests_only() -> None:
         ("fastapi", {"proxy/app.py", "proxy/control.py", "replay/simulator/server.py"}),
         ("uvicorn", {"proxy/app.py", "proxy/control.py", "replay/simulator/server.py", "replay/simulator/__main__.py"}),
         ("typer", {"proxy/cli.py"}),
+        ("tokenizers", {"replay/tokenizer.py"}),
         ("yaml", {"proxy/settings.py"}),
         ("pydantic", {"proxy/settings.py"}),
         ("mmap", {"storage/counters.py", "storage/journal.py", "proxy/sessions.py"}),
@@ -158,6 +159,7 @@ def test_every_folder_is_a_package() -> None:
         ("proxy.supervisor", {"sqlalchemy", "polars", "alembic", "numpy", "psycopg", "fastapi", "uvicorn"}),
         ("proxy.record", {"fastapi", "uvicorn", "polars"}),
         ("replay.simulator.server", {"sqlalchemy", "polars", "alembic"}),
+        ("replay.ahead", {"tokenizers", "jinja2", "sqlalchemy"}),
         ("traces.record", {"polars", "numpy", "sqlalchemy"}),
     ],
 )

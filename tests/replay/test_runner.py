@@ -23,6 +23,7 @@ from rich.console import Console
 from replay.arrivals import ArrivalOptions
 from replay.client import MAX_ANSWER_BYTES, header_value, outcome_of
 from replay.metrics import Summary
+from replay.prompts import PromptOptions
 from replay.report import render
 from replay.runner import ReplayError, ReplayOptions, Stop, plan_file, replay, run
 from replay.sample import Sample
@@ -437,7 +438,12 @@ def test_a_target_need_not_list_its_models(listing: Answer) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"endpoint": "embeddings"}, "endpoint: expected chat or completions"),
+        ({"endpoint": "images"}, "endpoint: expected chat, completions or embeddings"),
+        ({"endpoint": "embeddings", "prompts": PromptOptions(history="real")}, "history: expected none with the endp"),
+        (
+            {"api_key_env": "A", "prompts": PromptOptions(extra_headers=(("Authorization", "$B"),))},
+            "header authorization: expected without an API key",
+        ),
         ({"model": ""}, "model: expected a name"),
         ({"run_id": "a b"}, "run id: expected 1 to 100 visible"),
         ({"run_id": "a\n"}, "run id: expected 1 to 100 visible"),
