@@ -108,6 +108,17 @@ class Ahead:
                 self._words = await calibrate(self._count_text)
             self._ready = asyncio.Queue(LOOK_AHEAD_ROWS)
 
+    @property
+    def learned(self) -> tuple[WordModel | None, int | None]:
+        """What `learn` found, for another process's `adopt`."""
+        return self._words, self.max_model_len
+
+    def adopt(self, learned: tuple[WordModel | None, int | None]) -> None:
+        """Instead of `learn`: the target has been asked already."""
+        self._words, self.max_model_len = learned
+        if self._words is not None:
+            self._ready = asyncio.Queue(LOOK_AHEAD_ROWS)
+
     def learn_from(self, prepared: Prepared, usage: Usage | None) -> None:
         """Take note of what the target counted for a prompt that was sent."""
         if self._words is None and usage is not None and usage.request_tokens is not None:

@@ -89,6 +89,7 @@ def test_tests_are_imported_by_tests_only() -> None:
         ("fastapi", {"proxy/app.py", "proxy/control.py", "replay/simulator/server.py"}),
         ("uvicorn", {"proxy/app.py", "proxy/control.py", "replay/simulator/server.py", "replay/simulator/__main__.py"}),
         ("typer", {"proxy/cli.py"}),
+        ("ray", {"replay/ray_senders.py"}),
         ("yaml", {"proxy/settings.py"}),
         ("pydantic", {"proxy/settings.py"}),
         ("mmap", {"storage/counters.py", "storage/journal.py", "proxy/sessions.py"}),

@@ -487,7 +487,7 @@ def test_a_trace_that_is_wrong_from_the_start_sends_nothing() -> None:
 @pytest.mark.parametrize("presses", [1, 2])
 def test_a_stop_ends_the_sending_and_still_reports(presses: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three requests are in flight when it comes: one ends by itself in time, two hang."""
-    monkeypatch.setattr("replay.runner.DRAIN_S", 0.5 if presses == 1 else 60.0)
+    monkeypatch.setattr("replay.sender.DRAIN_S", 0.5 if presses == 1 else 60.0)
 
     async def answer(seen: Seen, writer: asyncio.StreamWriter) -> None:
         is_first = seen.headers["x-request-id"].endswith("-0")
