@@ -37,8 +37,9 @@ MAX_SENT_BYTES = 64 * 1024 * 1024
 ROUND_TRIPS = 16
 START_TIMEOUT_S = 60.0
 """For an actor to get its core; a cluster that is full would keep it waiting for ever."""
-_THREADS = 8
-"""Of an actor: one sends, one waits for it to be ready, the others answer."""
+_POLL_S = 0.05
+_THREADS = 4
+"""Of an actor: one sends, the others answer."""
 
 Said = tuple[SenderResult | Exception, bytes | None]
 """What an actor ends with, and its samples file."""
@@ -112,11 +113,13 @@ class RaySender:
         """As RemoteSender's."""
         self._samples = job.options.samples
         self._result = asyncio.create_task(self._ask("run", job, self._data))
-        if not await self._ask("is_ready"):
-            said, _ = await self._result
-            if isinstance(said, Exception):
-                raise said
-            return False
+        while not await self._ask("is_ready"):
+            await asyncio.wait([self._result], timeout=_POLL_S)
+            if self._result.done():
+                said, _ = self._result.result()
+                if isinstance(said, Exception):
+                    raise said
+                return False
         trips = []
         for _ in range(ROUND_TRIPS):
             asked_ns, asked_s = time.perf_counter_ns(), time.time()
@@ -182,8 +185,6 @@ class SenderActor:
         self._sender: Sender | None = None
         self._zero: asyncio.Future[int] | None = None
         self._is_ready = False
-        self._may_look = threading.Event()
-        """Ready, or over."""
 
     def name(self) -> str:
         """Of this process, as `host:pid`."""
@@ -194,8 +195,7 @@ class SenderActor:
         return time.time()
 
     def is_ready(self) -> bool:
-        """Wait until it is, or is over."""
-        self._may_look.wait()
+        """The sender waits for its zero."""
         return self._is_ready
 
     def progress(self) -> Progress | None:
@@ -218,7 +218,6 @@ class SenderActor:
     def run(self, job: Job, data: bytes | None) -> Said:
         """Send. data: the trace, where it is not to be read from its path."""
         with ExitStack() as undo:
-            undo.callback(self._may_look.set)
             folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="burstgate-")))
             samples = None if job.options.samples is None else folder / "samples.jsonl"
             trace = job.trace if data is None else folder / job.trace.name
@@ -227,33 +226,51 @@ class SenderActor:
                     trace.write_bytes(data)
                 own = dataclasses.replace(job, trace=trace, options=dataclasses.replace(job.options, samples=samples))
                 runner = undo.enter_context(asyncio.Runner(loop_factory=fast_loop()))
-                result = runner.run(self._send(own))
+                result = runner.run(_send(self, own))
                 return result, None if samples is None else samples.read_bytes()
             except (ReplayError, ValueError, OSError) as error:
                 return error, None
 
-    async def _send(self, job: Job) -> SenderResult:
-        stop = Stop()
+    def begin(self, stop: Stop) -> asyncio.Future[int]:
+        """In the loop that sends, before it does: presses go to `stop` from now on. Returns the zero to come."""
         with self._lock:
             self._loop, self._stop = asyncio.get_running_loop(), stop
             for _ in range(self._presses):
                 stop.press()
-        zero = self._zero = self._loop.create_future()
+        self._zero = self._loop.create_future()
+        return self._zero
 
-        async def ready() -> int:
-            self._is_ready = True
-            self._may_look.set()
-            zero_ns: int = await zero
-            return zero_ns
+    def show(self, sender: Sender) -> None:
+        """Whose progress is asked for."""
+        self._sender = sender
 
-        planned = rows_of(plan_file(job.trace, job.options), job.shards)
-        run_id = job.options.run_id or ""
-        self._sender = Sender(planned, job.options, run_id=run_id, api_key=job.api_key, stop=stop, learned=job.learned)
-        try:
-            return await self._sender.run(ready)
-        finally:
-            with self._lock:
-                self._loop = None
+    def set_ready(self) -> None:
+        """The first prompts are there."""
+        self._is_ready = True
+
+    def end(self) -> None:
+        """The loop is about to close."""
+        with self._lock:
+            self._loop = None
+
+
+async def _send(actor: SenderActor, job: Job) -> SenderResult:
+    """Outside the class, because Ray would run all methods of one with a coroutine in a single thread."""
+    stop = Stop()
+    zero = actor.begin(stop)
+
+    async def ready() -> int:
+        actor.set_ready()
+        return await zero
+
+    planned = rows_of(plan_file(job.trace, job.options), job.shards)
+    run_id = job.options.run_id or ""
+    sender = Sender(planned, job.options, run_id=run_id, api_key=job.api_key, stop=stop, learned=job.learned)
+    actor.show(sender)
+    try:
+        return await sender.run(ready)
+    finally:
+        actor.end()
 
 
 def _set(zero: asyncio.Future[int], zero_ns: int) -> None:
