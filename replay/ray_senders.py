@@ -156,9 +156,11 @@ class RaySender:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        _ray().kill(self._actor)
-        if self._shutdown is not None:
-            await asyncio.to_thread(self._shutdown)
+        ray = _ray()
+        if ray.is_initialized():  # else another one's shutdown has ended this actor too
+            ray.kill(self._actor)
+            if self._shutdown is not None:
+                self._shutdown()
 
     async def _ask_progress(self) -> None:
         while True:
