@@ -39,8 +39,8 @@ FailureClass = Literal[
     "http_429", "http_5xx", "no_answer", "mid_stream", "bad_answer", "cancelled",
 ]  # fmt: skip
 """How a request failed, finer than its outcome. The three timeouts are of the replay's one timer: no head yet, a head
-but no token, tokens but no end. no_answer: the connection ended before the head; mid_stream: after it, or an error event
-said so; bad_answer: no HTTP, or no completion."""
+but no token, tokens but no end. no_answer: the connection ended before the head; mid_stream: after it, or by an event;
+bad_answer: no HTTP, or no completion."""
 
 TARGETS: dict[Endpoint, bytes] = {"chat": b"/v1/chat/completions", "completions": b"/v1/completions"}
 FAMILIES: dict[Endpoint, Family] = {"chat": Family.CHAT, "completions": Family.COMPLETIONS}

@@ -100,7 +100,7 @@ def test_the_actors_send_the_whole_schedule_once(cluster: str, trace: Path, tmp_
 
 def test_an_actor_that_dies_is_lost(cluster: str, trace: Path) -> None:
     """Its process is killed while it sends."""
-    killed = []
+    killed: list[int] = []
 
     async def answer(seen: object, writer: asyncio.StreamWriter) -> None:
         await counted(seen, writer)  # type: ignore[arg-type]
