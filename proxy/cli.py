@@ -709,10 +709,24 @@ def replay(
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 600.0,
     max_error_rate: Annotated[float | None, typer.Option(help="Exit status 1 beyond this share of failures.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
+    sessions: Annotated[
+        str,
+        typer.Option(help="independent (strict open loop), ordered or think-time: a turn waits for the one before."),
+    ] = "independent",
+    late: Annotated[str, typer.Option(help="send rows that are late, or drop and count them.")] = "send",
+    late_after: Annotated[float, typer.Option(help="Seconds from which --late drop drops.")] = 1.0,
+    processes: Annotated[
+        int | None, typer.Option(help="Sender processes on this host.  [default: by the rate, where it is known]")
+    ] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: send this part of n; auto/n in a Kubernetes Job.")] = None,
+    start_at: Annotated[str | None, typer.Option(help="Schedule zero, as ISO 8601 or epoch seconds.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Send from this Ray cluster: an address, auto or local.")] = None,
+    senders: Annotated[int | None, typer.Option(help="Actors on that cluster.  [default: one a node]")] = None,
 ) -> None:
     """Send a trace to a server, open loop on absolute deadlines, and report what came back."""
     from replay.arrivals import ArrivalOptions
     from replay.bodies import parse_fields, parse_header
+    from replay.options import parse_shard
     from replay.prompts import PromptOptions
     from replay.runner import ReplayOptions
     from replay.runner import replay as run
@@ -720,7 +734,7 @@ def replay(
     from replay.source import SourceOptions
 
     _known_format(format)
-    literal: Any = {"ties": ties, "endpoint": endpoint}
+    literal: Any = {"ties": ties, "endpoint": endpoint, "sessions": sessions, "late": late}
     named: Any = process
     try:
         source = SourceOptions(
@@ -755,14 +769,17 @@ def replay(
             prompts=texts, target=target, model=model or "", speed=speed, limit=limit, source=source,
             arrivals=arrivals, warmup_s=warmup, seed=seed,
             stream=stream, format=format, api_key_env=api_key_env, run_id=run_id, samples=samples, json=json,
-            max_in_flight=max_in_flight, timeout_s=timeout, max_error_rate=max_error_rate, quiet=quiet, **literal,
+            max_in_flight=max_in_flight, timeout_s=timeout, max_error_rate=max_error_rate, quiet=quiet,
+            late_after_s=late_after, processes=processes, ray=ray, senders=senders,
+            shard=None if shard is None else parse_shard(shard, os.environ),
+            start_at_s=_stamp(start_at, None, "--start-at"), **literal,
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from None
     summary = run(trace, options, console=Console(highlight=False))
     if summary.is_interrupted:
         raise typer.Exit(130)
-    if summary.stopped_by is not None or options.is_over_error_rate(summary):
+    if summary.stopped_by is not None or summary.lost_senders or options.is_over_error_rate(summary):
         raise typer.Exit(1)
 
 

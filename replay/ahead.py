@@ -200,6 +200,17 @@ class Ahead:
         self._words = words
         self._ready = asyncio.Queue(LOOK_AHEAD_ROWS)
 
+    @property
+    def learned(self) -> tuple[WordModel | None, int | None]:
+        """What `learn` found, for another process's `adopt`."""
+        return self._words, self.max_model_len
+
+    def adopt(self, learned: tuple[WordModel | None, int | None]) -> None:
+        """Instead of `learn`: the target has been asked already."""
+        self._words, self.max_model_len = learned
+        if self._words is not None:
+            self._ready = asyncio.Queue(LOOK_AHEAD_ROWS)
+
     async def _turn_tokens(self, words: WordModel) -> float:
         """What the template adds for an answer and the next message."""
         user, answer, again = (build_text(words, 1, key) for key in (b"1", b"2", b"3"))

@@ -29,11 +29,19 @@ import msgspec
 from replay.schedule import Planned
 from traces.record import Origin, Outcome
 from wire.accounting import Accounted, NoAccount, StreamAccount, UnaryAccount
-from wire.http import ConnectFailed, ConnectionLost, Exchange, HttpClient
+from wire.http import ConnectFailed, ConnectionLost, ConnectTimedOut, Exchange, HttpClient
 from wire.http1 import BadResponse, Headers
 from wire.shapes import Family, Usage
 
 Endpoint = Literal["chat", "completions", "embeddings"]
+
+FailureClass = Literal[
+    "connect", "connect_timeout", "timeout_head", "timeout_first_token", "timeout_mid_stream", "http_3xx", "http_4xx",
+    "http_429", "http_5xx", "no_answer", "mid_stream", "bad_answer", "cancelled",
+]  # fmt: skip
+"""How a request failed, finer than its outcome. The three timeouts are of the replay's one timer: no head yet, a head
+but no token, tokens but no end. no_answer: the connection ended before the head; mid_stream: after it, or by an event;
+bad_answer: no HTTP, or no completion."""
 
 TARGETS: dict[Endpoint, bytes] = {
     "chat": b"/v1/chat/completions",
@@ -76,8 +84,10 @@ class Reply:
     error: str | None = None
     gaps_ns: list[int] = field(default_factory=list)
     """Between content chunks; 0 between chunks that arrived together."""
+    failure_class: FailureClass | None = None
+    """None for `ok`."""
     text: str | None = None
-    """Of the answer, where it was to be kept and is not too long."""
+    """The answer's, where it was asked to be kept and is no longer than `wire.accounting.MAX_ANSWER_BYTES`."""
 
 
 def header_value(text: str) -> bytes:
@@ -104,24 +114,28 @@ def auth_headers(api_key: str | None) -> Headers:
     return [] if api_key is None else [(b"authorization", b"Bearer " + api_key.encode())]
 
 
-def outcome_of(status: int, accounted: Accounted, *, is_stream: bool, is_terminal: bool) -> tuple[Outcome, str | None]:
-    """The outcome of an answer whose last byte has arrived, and what went wrong.
+def outcome_of(
+    status: int, accounted: Accounted, *, is_stream: bool, is_terminal: bool
+) -> tuple[Outcome, FailureClass | None, str | None]:
+    """The outcome of an answer whose last byte has arrived, its class, and what went wrong.
 
     is_stream: the answer is an event stream; is_terminal: it said that it was over.
     """
     if status >= 300:
-        outcome = (
-            Outcome.REJECTED if status == 429 else Outcome.UPSTREAM_ERROR if status >= 500 else Outcome.INVALID_REQUEST
-        )
-        return outcome, f"HTTP {status} {accounted.error_type or ''}".rstrip()
+        error = f"HTTP {status} {accounted.error_type or ''}".rstrip()
+        if status == 429:
+            return Outcome.REJECTED, "http_429", error
+        if status >= 500:
+            return Outcome.UPSTREAM_ERROR, "http_5xx", error
+        return Outcome.INVALID_REQUEST, "http_4xx" if status >= 400 else "http_3xx", error
     if is_stream:
         if accounted.error_type is not None:
-            return Outcome.UPSTREAM_ERROR, f"error event in the stream: {accounted.error_type}"
+            return Outcome.UPSTREAM_ERROR, "mid_stream", f"error event in the stream: {accounted.error_type}"
         if not is_terminal and accounted.finish_reason is None:
-            return Outcome.TRUNCATED, "the stream ended without [DONE]"
+            return Outcome.TRUNCATED, "mid_stream", "the stream ended without [DONE]"
     elif accounted.finish_reason is None and accounted.usage is None:
-        return Outcome.UPSTREAM_ERROR, f"HTTP {status}, but the answer is no completion"
-    return Outcome.OK, None
+        return Outcome.UPSTREAM_ERROR, "bad_answer", f"HTTP {status}, but the answer is no completion"
+    return Outcome.OK, None, None
 
 
 async def send(
@@ -138,75 +152,107 @@ async def send(
 
     limit: entered here; when it fires the outcome is `upstream_timeout`. keep_text: collect `Reply.text`.
     """
-    exchange: Exchange | None = None
-    account: StreamAccount | UnaryAccount | NoAccount = NoAccount()
-    gaps_ns: list[int] = []
+    reader: _Reader | None = None
+    failure_class: FailureClass | None
     try:
         async with limit:
             exchange = await http.request(
                 b"POST", TARGETS[endpoint], [*headers, (b"content-length", b"%d" % len(body))], body
             )
-            await exchange.wait_head()
-            account = _account_for(exchange, FAMILIES[endpoint], keep_text=keep_text)
-            await _read(exchange, account, gaps_ns)
-        outcome, error = outcome_of(
+            reader = _Reader(exchange, FAMILIES[endpoint], keep_text=keep_text)
+            await reader.end
+        outcome, failure_class, error = outcome_of(
             exchange.status,
-            account.result(),
-            is_stream=isinstance(account, StreamAccount),
-            is_terminal=account.terminal,
+            reader.account.result(),
+            is_stream=isinstance(reader.account, StreamAccount),
+            is_terminal=reader.account.terminal,
         )
+    except ConnectTimedOut as failure:
+        outcome, failure_class, error = Outcome.CONNECT_ERROR, "connect_timeout", str(failure)
     except ConnectFailed as failure:
-        outcome, error = Outcome.CONNECT_ERROR, str(failure)
+        outcome, failure_class, error = Outcome.CONNECT_ERROR, "connect", str(failure)
     except TimeoutError:
+        failure_class = "connect_timeout" if reader is None else reader.timeout_class
         outcome, error = Outcome.UPSTREAM_TIMEOUT, "the answer was not whole in time"
     except (ConnectionLost, BadResponse) as failure:
-        has_begun = exchange is not None and exchange.has_head
+        has_begun = reader is not None and reader.exchange.has_head
         outcome, error = Outcome.TRUNCATED if has_begun else Outcome.UPSTREAM_ERROR, str(failure)
+        is_http = isinstance(failure, ConnectionLost)
+        failure_class = "mid_stream" if has_begun else "no_answer" if is_http else "bad_answer"
     except OSError as failure:
-        outcome, error = Outcome.CONNECT_ERROR, failure.strerror or type(failure).__name__
+        outcome, failure_class, error = Outcome.CONNECT_ERROR, "connect", failure.strerror or type(failure).__name__
     finally:
-        if exchange is not None:
-            exchange.abort()
-    accounted = account.result()
-    is_whole = exchange is not None and exchange.is_complete
+        if reader is not None:
+            reader.exchange.abort()
+    if reader is None:
+        return Reply(outcome, began_ns, time.monotonic_ns(), error=error, failure_class=failure_class)
+    exchange, accounted = reader.exchange, reader.account.result()
     return Reply(
         outcome=outcome,
         began_ns=began_ns,
-        end_ns=exchange.received_ns if exchange is not None and is_whole else time.monotonic_ns(),
-        sent_ns=exchange.sent_ns if exchange is not None else None,
+        end_ns=exchange.received_ns if exchange.is_complete else time.monotonic_ns(),
+        sent_ns=exchange.sent_ns,
         first_chunk_ns=accounted.first_chunk_ns,
         last_chunk_ns=accounted.last_chunk_ns,
         usage=accounted.usage,
-        status=exchange.status if exchange is not None and exchange.has_head else None,
+        status=exchange.status if exchange.has_head else None,
         error=error,
-        gaps_ns=gaps_ns,
-        text=None if accounted.answer is None else accounted.answer.decode("utf-8", "replace"),
+        gaps_ns=reader.gaps_ns,
+        failure_class=failure_class,
+        text=None if accounted.answer is None else accounted.answer.decode(errors="replace"),
     )
+
+
+class _Reader:
+    """Accounts for an answer as it arrives, as the exchange's listener: no task wakes up for a chunk."""
+
+    def __init__(self, exchange: Exchange, family: Family, *, keep_text: bool) -> None:
+        self.exchange = exchange
+        self._family = family
+        self._keep_text = keep_text
+        self.account: StreamAccount | UnaryAccount | NoAccount = NoAccount()
+        self._seen: Accounted | None = None
+        """Of a stream, at the last look."""
+        self.gaps_ns: list[int] = []
+        self.end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done with the last byte; what the exchange failed with, else."""
+        exchange.listener = self._look
+        if exchange.is_complete or exchange.error is not None:
+            self._look()
+
+    @property
+    def timeout_class(self) -> FailureClass:
+        """Where an answer that is not whole stands."""
+        if not self.exchange.has_head:
+            return "timeout_head"
+        return "timeout_first_token" if self.account.result().first_chunk_ns is None else "timeout_mid_stream"
+
+    def _look(self) -> None:
+        exchange = self.exchange
+        if self.end.done():
+            return
+        if exchange.has_head and isinstance(self.account, NoAccount):
+            self.account = _account_for(exchange, self._family, keep_text=self._keep_text)
+            if isinstance(self.account, StreamAccount):
+                self._seen = self.account.result()
+        if data := exchange.take():
+            self.account.feed(exchange.received_ns, data)
+        if exchange.is_complete:
+            self.account.eof(exchange.received_ns)
+            self.end.set_result(None)
+        elif exchange.error is not None:
+            self.end.set_exception(exchange.error)
+        if self._seen is not None:
+            now = self.account.result()
+            _gaps(self._seen, now, self.gaps_ns)
+            self._seen = now
 
 
 def _account_for(exchange: Exchange, family: Family, *, keep_text: bool) -> StreamAccount | UnaryAccount:
     content_type = next((value for name, value in exchange.headers if name.lower() == b"content-type"), b"")
     is_stream = exchange.status < 300 and content_type.lower().startswith(b"text/event-stream")
-    return (StreamAccount if is_stream else UnaryAccount)(family, keep_answer=keep_text)
-
-
-async def _read(exchange: Exchange, account: StreamAccount | UnaryAccount, gaps_ns: list[int]) -> None:
-    """Account for the answer as it arrives."""
-    seen = account.result() if isinstance(account, StreamAccount) else None
-    while True:
-        data = exchange.take()
-        if data:
-            account.feed(exchange.received_ns, data)
-            if seen is not None:
-                now = account.result()
-                _gaps(seen, now, gaps_ns)
-                seen = now
-        if exchange.is_complete:
-            break
-        await exchange.wait()
-    account.eof(exchange.received_ns)
-    if seen is not None:
-        _gaps(seen, account.result(), gaps_ns)
+    kind = StreamAccount if is_stream else UnaryAccount
+    return kind(family, keep_answer=keep_text)
 
 
 def _gaps(before: Accounted, after: Accounted, gaps_ns: list[int]) -> None:

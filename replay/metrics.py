@@ -172,6 +172,20 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     samples_error: str | None
     """Why the samples file is not whole."""
     senders: tuple[SenderFacts, ...] = ()
+    sessions: str = "independent"
+    """Or `ordered`, `think-time`: a turn waits for the one before it. Lag counts from the end of that wait."""
+    gaps_estimated: int = 0
+    """Think times whose recorded end was estimated, as the trace has no elapsed time there."""
+    read_late: int = 0
+    """Turns that were read after their moment, because too many others waited for their sessions; counted as lag."""
+    late_dropped: int = 0
+    """Rows that were later than `--late-after` when their turn came, and were not sent, as `--late drop` asks."""
+    shard: str | None = None
+    """`i/n` where this is a part of the plan."""
+    lost: int = 0
+    """Sendable rows of senders that died: sent or not, there is no sample of them."""
+    lost_senders: tuple[str, ...] = ()
+    """Which, and how they died."""
 
 
 class Summary(Workload, frozen=True, kw_only=True):
@@ -311,6 +325,10 @@ class Tally:
             self._last_due_s = max(other._last_due_s, self._last_due_s or 0.0)
         self._first_sent_s = min(self._first_sent_s, other._first_sent_s)
         self._last_end_s = max(self._last_end_s, other._last_end_s)
+
+    def distribution(self, name: str) -> Distribution | None:
+        """Of one kind of duration, by its name in `Summary`."""
+        return self._histograms[name].distribution()
 
     def _add_duration(self, name: str, value_s: float | None) -> None:
         if value_s is not None:

@@ -17,6 +17,11 @@ from replay.metrics import Distribution, Fidelity, Summary
 LATE_S = 0.010
 """Dispatch lag at the 99th percentile from which the figures are called suspect."""
 PLAIN_PROGRESS_S = 10.0
+_LOOPS = {
+    "independent": "open loop (sends wait for no completion)",
+    "ordered": "sessions open loop, their turns ordered (each waits for the one before)",
+    "think-time": "sessions open loop, their turns by think time (from the end of the one before)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +101,7 @@ def _overview(summary: Summary) -> list[str]:
     arrivals = "" if summary.process == "trace" else f", arrivals {summary.process}"
     return [
         f"replay {summary.run_id} of model {summary.model} at {summary.target}, {summary.endpoint}, {streaming}",
-        f"open loop (sends wait for no completion), speed {summary.speed:g}, seed {summary.seed}, ties {summary.ties}"
-        f"{arrivals}",
+        f"{_LOOPS[summary.sessions]}, speed {summary.speed:g}, seed {summary.seed}, ties {summary.ties}{arrivals}",
         f"rows      {summary.rows_read:,} read, {', '.join(skipped)}",
         f"requests  {summary.sent:,} sent, {summary.ok:,} ok, failures: {failures}",
         f"rate      {_rate(summary.offered_rps)} offered over {_seconds(summary.schedule_s)}, "
@@ -120,6 +124,17 @@ def warnings(summary: Summary) -> list[str]:
         else:
             why = "opening connections to the target took that long"
         found.append(f"1 % of the requests were sent {lag.p99 * 1e3:,.0f} ms late or more; {why}")
+    if summary.lost_senders:
+        lost = "; ".join(summary.lost_senders)
+        found.append(f"{lost}: {summary.lost:,} rows have no sample, so the run is not good")
+    if summary.read_late:
+        found.append(f"{summary.read_late:,} turns were read late, because too many others waited for their sessions")
+    if summary.gaps_estimated:
+        found.append(
+            f"{summary.gaps_estimated:,} think times are estimates, because the trace has no elapsed time for them"
+        )
+    if summary.late_dropped:
+        found.append(f"{summary.late_dropped:,} rows were late and were not sent")
     if summary.is_interrupted:
         found.append("interrupted: the figures are of the part that was sent")
     if summary.stopped_by is not None:

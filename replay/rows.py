@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 
 from replay.arrivals import ArrivalOptions, open_process, retime
-from replay.source import SourceOptions, counted_fields, select, takes_every_row
+from replay.source import SourceOptions, counted_fields, mean_rate_rps, select, takes_every_row
 from traces import burstgpt
 from traces.codec import read_trace, sniff
 from traces.profile import MONDAY_S
@@ -50,9 +50,8 @@ def open_rows(
             f"rate: expected with a process or a profile, got {arrivals.rate_rps:g} with a trace's own arrivals,"
             " which a target rps scales"
         )
-    is_counted = source.target_rps is not None and source.source_rps is None and takes_every_row(source)
-    if is_counted and (format or sniff(trace)) in ("burstgpt", "burstgpt6"):
-        source = replace(source, source_rps=burstgpt.mean_rate_rps(trace))
+    if source.target_rps is not None and source.source_rps is None:
+        source = replace(source, source_rps=_counted_rps(trace, source, format))
     opened = [read_trace(trace, format=format)]  # now, so that a file that is none is said before all else
     batches = select(
         lambda: opened.pop() if opened else read_trace(trace, format=format),
@@ -70,6 +69,24 @@ def open_rows(
         batches = chain((first,), batches)
     process = open_process(arrivals, start_s=zero_s)
     return batches if process is None else retime(batches, process, np.random.default_rng([source.seed, _ARRIVALS]))
+
+
+def source_rate_rps(trace: Path, source: SourceOptions, format: str | None) -> float:
+    """The mean rate of the rows that are taken, before loop and scale, in requests a second of trace time.
+
+    Raises as `open_rows`.
+    """
+    counted_rps = _counted_rps(trace, source, format)
+    if counted_rps is not None:
+        return counted_rps
+    return mean_rate_rps(lambda: read_trace(trace, format=format, fields=counted_fields(source)), source)
+
+
+def _counted_rps(trace: Path, source: SourceOptions, format: str | None) -> float | None:
+    """The same where it follows from counting lines."""
+    if takes_every_row(source) and (format or sniff(trace)) in ("burstgpt", "burstgpt6"):
+        return burstgpt.mean_rate_rps(trace)
+    return None
 
 
 def _generated(source: SourceOptions, arrivals: ArrivalOptions) -> Iterator[pl.DataFrame]:

@@ -1,152 +1,54 @@
-"""The replay itself: an open loop that sends each row on its absolute deadline, however the target fares.
+"""A replay: one sender in this process or several elsewhere, one zero for all, their samples and figures as one.
 
-    trace -> plan (in a thread) -> prompts, prepared ahead -> sleep(zero + due - now) -> send -> sample -> tally
+    plan -> senders ready -> zero, noted before the first send -> progress -> samples and tallies merged -> summary
 
-Rules: schedule zero is set before the first send and every deadline counts from it, so lateness never adds up; a late
-request goes at once and none is skipped; a send waits for no completion and no tokenizer (a prompt that the target has
-not counted by its time goes as it is); what `max_in_flight` holds back counts as lag. Each request ends in one sample,
-whatever happens to it. The first Ctrl-C stops the sending and waits `DRAIN_S` for what is in flight, the second ends
-that at once; both leave a summary.
-
-Bounded: rows and prompts ahead (`replay.ahead`). Not bounded, on purpose: requests in flight.
+Rules: what the target must be asked is asked once, before there are senders. The zero is set when every sender has its
+first prompts, or is the asked `start_at_s`. Ctrl-C goes to all senders, as `replay.sender` says. A sender that dies is
+no end of the others: its samples that reached the disk count, its other rows are lost and counted, and the run is not
+good. A summary is made however the run ends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
-import importlib
+import math
 import os
-import re
 import secrets
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from replay.ahead import COUNTERS, Ahead, Prepared
-from replay.arrivals import ArrivalOptions
+from replay.ahead import Ahead
 from replay.bodies import header_lines
-from replay.client import FAMILIES, Endpoint, check_target, read_api_key, request_headers, send
 from replay.client import ReplayError as ReplayError
-from replay.metrics import Summary, Tally, Workload
-from replay.prompts import PromptOptions, with_block_tokens
+from replay.client import check_target, read_api_key
+from replay.metrics import SenderFacts, Summary, Tally, Workload
+from replay.options import ReplayOptions as ReplayOptions
+from replay.options import Shard, check_start_at, rows_of
+from replay.options import plan_file as plan_file
+from replay.processes import ChildSender, RemoteSender, SenderLost
+from replay.prompts import with_block_tokens
 from replay.report import Progress, progress_shown, render
-from replay.rows import open_rows
-from replay.sample import SamplesFile, measure
-from replay.schedule import Planned, PlanOptions, Ties, plan
-from replay.source import SourceOptions
-from replay.timer import Alarm
-from traces.record import Outcome
+from replay.rows import source_rate_rps
+from replay.sample import Sample, SamplesFile
+from replay.schedule import Planned
+from replay.sender import Counts, Job, Learned, Sender, SenderResult, base_url, fast_loop, open_ahead
+from replay.sender import Stop as Stop
 from wire.http import HttpClient
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-DRAIN_S = 10.0
 PROGRESS_S = 0.5
-SWITCH_INTERVAL_S = 0.0005
-"""How long the thread that reads the trace may keep the loop from the interpreter; Python's 5 ms would be lag."""
-
-_RUN_ID = re.compile(r"[!-~]{1,100}")
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayOptions:
-    """What to replay, at what, and how. Raises ValueError naming the option, the value and the rule."""
-
-    target: str
-    """http[s]://HOST[:PORT][/PREFIX]; a trailing /v1 is understood."""
-    model: str
-    """To ask for; empty is each row's own, by the source's map of models."""
-    speed: float = 1.0
-    limit: int | None = None
-    source: SourceOptions = field(default_factory=SourceOptions)
-    """Which rows of the trace; its speed and seed are set from here."""
-    arrivals: ArrivalOptions = field(default_factory=ArrivalOptions)
-    """When they are due, if not as the trace says."""
-    warmup_s: float = 0.0
-    """Of the replay: what is due before is sent, and in none of the figures."""
-    seed: int = 0
-    ties: Ties = "spread"
-    endpoint: Endpoint = "chat"
-    stream: bool = True
-    """Of chat and completions."""
-    prompts: PromptOptions = field(default_factory=PromptOptions)
-    format: str | None = None
-    """Of the trace; None finds it out."""
-    api_key_env: str | None = None
-    """The environment variable that holds the key, so that no secret is an argument."""
-    run_id: str | None = None
-    """None makes one."""
-    samples: Path | None = None
-    json: Path | None = None
-    max_in_flight: int | None = None
-    timeout_s: float = 600.0
-    """A request's, from its start to its last byte."""
-    max_error_rate: float | None = None
-    """For the caller's exit status: see `is_over_error_rate`."""
-    quiet: bool = False
-
-    def __post_init__(self) -> None:
-        self.plan_options()
-        if self.arrivals.process != "trace" and self.speed != 1:
-            raise ValueError(f"speed: expected 1 with the process {self.arrivals.process}, got {self.speed:g}")
-        if self.endpoint not in FAMILIES:
-            raise ValueError(f"endpoint: expected chat, completions or embeddings, got {self.endpoint!r}")
-        if self.endpoint == "embeddings" and self.prompts.history != "none":
-            raise ValueError(f"history: expected none with the endpoint embeddings, got {self.prompts.history}")
-        if self.api_key_env is not None and "authorization" in (name.lower() for name, _ in self.prompts.extra_headers):
-            raise ValueError("header authorization: expected without an API key, which is sent in it, got both")
-        if self.run_id is not None and not _RUN_ID.fullmatch(self.run_id):
-            raise ValueError(f"run id: expected 1 to 100 visible ASCII characters, got {self.run_id!r}")
-        if self.max_in_flight is not None and self.max_in_flight < 1:
-            raise ValueError(f"max in flight: expected requests >= 1, got {self.max_in_flight}")
-        if not 0 < self.timeout_s < 1e9:
-            raise ValueError(f"timeout: expected seconds > 0, got {self.timeout_s:g}")
-        if self.max_error_rate is not None and not 0 <= self.max_error_rate <= 1:
-            raise ValueError(f"max error rate: expected 0 to 1, got {self.max_error_rate:g}")
-
-    def plan_options(self) -> PlanOptions:
-        """The schedule's part."""
-        return PlanOptions(self.speed, 0.0, None, self.limit, self.ties, self.seed, self.warmup_s)
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The models that will be asked for, as far as that is known beforehand."""
-        return (self.model,) if self.model else tuple(dict.fromkeys(self.source.model_map.values()))
-
-    def is_over_error_rate(self, summary: Summary) -> bool:
-        """More requests failed than `max_error_rate` allows."""
-        return self.max_error_rate is not None and (summary.error_rate or 0.0) > self.max_error_rate
-
-
-class Stop:
-    """Ctrl-C, as two events."""
-
-    def __init__(self) -> None:
-        self.sending = asyncio.Event()
-        self.waiting = asyncio.Event()
-
-    def press(self) -> None:
-        """The first press ends the sending, the second also the wait for what is in flight."""
-        if self.sending.is_set():
-            self.waiting.set()
-        self.sending.set()
-
-
-def plan_file(trace: Path | None, options: ReplayOptions) -> Iterator[Planned]:
-    """The schedule of a trace file, or of a profile's rows, read as it is asked for. Raises as `replay` does."""
-    source = dataclasses.replace(options.source, speed=options.speed, seed=options.seed)
-    return plan(open_rows(trace, source, options.arrivals, format=options.format), options.plan_options())
+PROCESS_RPS = 1000.0
+"""What one process sends on time; a higher rate, where it is known beforehand, gets more of them."""
 
 
 def replay(trace: Path | None, options: ReplayOptions, *, console: Console) -> Summary:
@@ -158,18 +60,37 @@ def replay(trace: Path | None, options: ReplayOptions, *, console: Console) -> S
     """
     if options.json is not None and not options.json.parent.is_dir():
         raise ReplayError(f"summary file {options.json}: no such directory")
-    planned = plan_file(trace, options)
+    if options.start_at_s is not None:
+        check_start_at(options.start_at_s, time.time())
+    is_here = options.ray is None and process_count(options, os.cpu_count() or 1) == 1
+    if not is_here and trace is not None and trace.exists() and not trace.is_file():
+        raise ReplayError(f"{trace}: expected a regular file, which each sender reads by itself")
+    planned = rows_of(plan_file(trace, options), [] if options.shard is None else [options.shard])
     options = dataclasses.replace(options, prompts=with_block_tokens(options.prompts, trace, options.format))
     stop = Stop()
-    with asyncio.Runner(loop_factory=_fast_loop()) as runner, ExitStack() as undo:
+    with asyncio.Runner(loop_factory=fast_loop()) as runner, ExitStack() as undo:
         undo.enter_context(_signals(runner.get_loop(), stop.press))
         show = None if options.quiet else undo.enter_context(progress_shown(console))
-        summary = runner.run(run(planned, options, stop=stop, on_progress=show))
+        if is_here:
+            summary = runner.run(run(planned, options, stop=stop, on_progress=show))
+        else:
+            summary = runner.run(_run_elsewhere(trace, options, stop, show))
     if options.json is not None:
         _write_whole(options.json, msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
     if not options.quiet:
         console.print(render(summary))
     return summary
+
+
+def process_count(options: ReplayOptions, cores: int) -> int:
+    """Sender processes on this host: those asked for, else as many as a rate that is known beforehand needs.
+
+    One core is left to the target or the network; a rate that only the trace knows gets one process.
+    """
+    if options.processes is not None:
+        return options.processes
+    rate_rps = options.arrivals.rate_rps or options.source.target_rps or 0.0
+    return max(1, min(math.ceil(rate_rps / PROCESS_RPS), cores - 1, options.max_in_flight or cores))
 
 
 async def run(
@@ -179,221 +100,304 @@ async def run(
     stop: Stop | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
-    """Send the planned rows, in order of `due_s`; returns when the last request has ended. Raises as `replay` does."""
+    """Send the planned rows from this process, in order of `due_s`; returns when the last request has ended.
+
+    Raises as `replay` does.
+    """
+    stop = stop or Stop()
+    start = _Start(options)
+    api_key = await _check(options)
+    sender = Sender(iter(planned), options, run_id=start.run_id, api_key=api_key, stop=stop)
+
+    async def zero() -> int:
+        return start.set(0.0)
+
+    async with _shown(on_progress, sender.progress):
+        result = await sender.run(zero)
+    return _summary(options, start, [result], stop, result.samples_error)
+
+
+async def run_senders(
+    trace: Path | None,
+    options: ReplayOptions,
+    senders: Sequence[RemoteSender],
+    *,
+    stop: Stop,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Summary:
+    """Send a trace file from several senders; each sends the rows of its shard. Raises as `replay` does."""
+    start = _Start(options)
+    api_key = await _check(options)
+    options = _with_source_rate(trace, options)
+    learned = await _learn(options, api_key, stop)
+    jobs = _jobs(trace, dataclasses.replace(options, run_id=start.run_id), len(senders), learned, api_key)
+    with ExitStack() as undo:
+        samples = None if options.samples is None else undo.enter_context(SamplesFile(options.samples))
+        obeying = asyncio.create_task(_press(senders, stop))
+        undo.callback(obeying.cancel)
+        try:
+            are_ready = await asyncio.gather(*(sender.prepare(job) for sender, job in zip(senders, jobs, strict=True)))
+        except SenderLost as error:
+            raise ReplayError(f"{error} before the first send") from None
+        async with _shown(on_progress, lambda: _sum_progress(senders, start, stop)):
+            if all(are_ready) and not stop.sending.is_set():
+                zero_ns = start.set(max(sender.lead_s for sender in senders))
+                await asyncio.gather(*(sender.go(zero_ns, start.zero_s or 0.0) for sender in senders))
+            ended = await asyncio.gather(*(sender.result() for sender in senders), return_exceptions=True)
+        is_cut = stop.sending.is_set() or options.source.passes is None
+        cut_s = start.elapsed_s() if is_cut else math.inf
+        results: list[SenderResult] = []
+        lost: dict[str, int] = {}
+        for sender, job, result in zip(senders, jobs, ended, strict=True):
+            if isinstance(result, SenderLost):
+                found, lost[str(result)] = await asyncio.to_thread(_found_of, sender.name, job, cut_s)
+                results.append(found)
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                results.append(result)
+        errors = [result.samples_error for result in results]
+        if samples is not None:
+            await asyncio.to_thread(_join, [job.options.samples for job in jobs], samples)
+            errors.append(samples.error)
+    return _summary(options, start, results, stop, next(filter(None, errors), None), lost)
+
+
+async def _run_elsewhere(
+    trace: Path | None, options: ReplayOptions, stop: Stop, on_progress: Callable[[Progress], None] | None
+) -> Summary:
+    senders: list[RemoteSender] = []
     try:
-        http = HttpClient(re.sub(r"/v1/?$", "", options.target.rstrip("/")))
+        if options.ray is None:
+            senders += [ChildSender() for _ in range(process_count(options, os.cpu_count() or 1))]
+        else:
+            from replay.ray_senders import open_cluster
+
+            senders += await open_cluster(options.ray, options.senders, trace)
+        return await run_senders(trace, options, senders, stop=stop, on_progress=on_progress)
+    finally:
+        await asyncio.gather(*(sender.close() for sender in senders))
+
+
+class _Start:
+    """A run's id, and its zero once it is set."""
+
+    def __init__(self, options: ReplayOptions) -> None:
+        made = f"run-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+        self.run_id = options.run_id or made
+        self._asked_s = options.start_at_s
+        self._zero_ns: int | None = None
+        self.zero_s: float | None = None
+        """Epoch seconds."""
+
+    def set(self, lead_s: float) -> int:
+        """The zero in monotonic nanoseconds: as asked for, else `lead_s` from now."""
+        now_s = time.time()
+        self.zero_s = now_s + lead_s if self._asked_s is None else self._asked_s
+        self._zero_ns = time.monotonic_ns() + round((self.zero_s - now_s) * 1e9)
+        return self._zero_ns
+
+    def elapsed_s(self) -> float:
+        """Since the zero; 0 before."""
+        return 0.0 if self._zero_ns is None else (time.monotonic_ns() - self._zero_ns) / 1e9
+
+
+async def _check(options: ReplayOptions) -> str | None:
+    """The API key, after a look at the target. Raises ReplayError."""
+    try:
+        http = HttpClient(base_url(options))
     except ValueError as error:
         raise ReplayError(str(error)) from None
     api_key = read_api_key(options.api_key_env)
-    _raise_file_limit()
-    with ExitStack() as undo:
-        undo.callback(http.close)
+    try:
         await check_target(http, options.models, api_key, header_lines(options.prompts.extra_headers))
-        samples = None if options.samples is None else undo.enter_context(SamplesFile(options.samples))
-        interval_s = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        undo.callback(sys.setswitchinterval, interval_s)
-        work = _Run(iter(planned), options, http, api_key, samples, stop or Stop(), on_progress)
-        return await work.run()
+    finally:
+        http.close()
+    return api_key
 
 
-class _Run:
-    """One replay's state. `run` is called once."""
+async def _learn(options: ReplayOptions, api_key: str | None, stop: Stop) -> Learned:
+    """The target's tokenizer, for all senders; nothing when a press comes first."""
+    ahead: Ahead = open_ahead(iter(()), options, api_key)
+    tasks = [asyncio.create_task(ahead.learn()), asyncio.create_task(stop.sending.wait())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return ahead.learned
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        ahead.close()
 
-    def __init__(
-        self,
-        planned: Iterator[Planned],
-        options: ReplayOptions,
-        http: HttpClient,
-        api_key: str | None,
-        samples: SamplesFile | None,
-        stop: Stop,
-        on_progress: Callable[[Progress], None] | None,
-    ) -> None:
-        self._ahead = Ahead(
-            planned,
-            http.url.text,
-            endpoint=options.endpoint,
-            model=options.model,
-            stream=options.stream,
-            seed=options.seed,
-            api_key=api_key,
-            prompts=options.prompts,
-        )
-        self._options = options
-        self._http = http
-        self._api_key = api_key
-        self._samples = samples
-        self._stop = stop
-        self._on_progress = on_progress
-        self._run_id = options.run_id or f"run-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-        self._tally = Tally()
-        self._start_ns: int | None = None
-        self._started_at: float | None = None
-        self._slots = None if options.max_in_flight is None else asyncio.Semaphore(options.max_in_flight)
-        self._limits: set[asyncio.Timeout] = set()
-        """Of the requests in flight."""
-        self._is_cut = False
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
-        self._in_flight = self._in_flight_max = 0
-        self._tried = self._prompts_counted = self._over_max_model_len = 0
 
-    async def run(self) -> Summary:
-        """Prepare, send, drain, sum up."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                sending = group.create_task(self._prepare_and_send(group))
-                helpers = [group.create_task(self._obey_stop(sending))]
-                if self._on_progress is not None:
-                    helpers.append(group.create_task(self._show_progress(self._on_progress)))
-                await asyncio.wait([sending])
-                await self._is_idle.wait()
-                for helper in helpers:
-                    helper.cancel()
-        finally:
-            gc.unfreeze()
-            self._ahead.close()
-        if self._ahead.error is not None and self._start_ns is None:
-            raise self._ahead.error
-        return self._summary()
+def _with_source_rate(trace: Path | None, options: ReplayOptions) -> ReplayOptions:
+    """With the trace's own rate where a target rate needs it, so that not every sender reads the trace for it."""
+    if trace is None or options.source.target_rps is None:
+        return options
+    source = dataclasses.replace(options.source, speed=options.speed, seed=options.seed)
+    found_rps = source_rate_rps(trace, source, options.format)
+    return dataclasses.replace(options, source=dataclasses.replace(options.source, source_rps=found_rps))
 
-    async def _obey_stop(self, sending: asyncio.Task[None]) -> None:
-        await self._stop.sending.wait()
-        sending.cancel()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._stop.waiting.wait(), DRAIN_S)
-        self._is_cut = True
-        now_s = asyncio.get_running_loop().time()
-        for limit in self._limits:
-            if not limit.expired():
-                limit.reschedule(now_s)
 
-    async def _prepare_and_send(self, requests: asyncio.TaskGroup) -> None:
-        await self._ahead.learn()
-        async with asyncio.TaskGroup() as group:
-            helpers = [group.create_task(self._ahead.fill())]
-            if self._ahead.has_tokenizer:
-                helpers += [group.create_task(self._ahead.count()) for _ in range(COUNTERS)]
-            await self._ahead.first_prompts()
-            if self._ahead.error is None:
-                await self._dispatch(requests)
-            for helper in helpers:
-                helper.cancel()
+def _jobs(trace: Path | None, options: ReplayOptions, senders: int, learned: Learned, api_key: str | None) -> list[Job]:
+    """One for each sender: a shard each of the plan, or of this run's shard of it; `max_in_flight` is shared."""
+    jobs = []
+    outer = [] if options.shard is None else [options.shard]
+    for index in range(senders):
+        part, limit = options.samples, options.max_in_flight
+        if part is not None:
+            part = part.with_name(f".{part.name}.{os.getpid()}.part-{index}.jsonl")
+        if limit is not None:
+            limit = limit // senders + (index < limit % senders)
+        own = dataclasses.replace(options, samples=part, max_in_flight=limit, processes=None, senders=None)
+        jobs.append(Job(trace, own, (*outer, Shard(index, senders)), learned, api_key))
+    return jobs
 
-    async def _dispatch(self, requests: asyncio.TaskGroup) -> None:
-        gc.collect()
-        gc.freeze()  # what exists now stays: a collection during the run need not walk it
-        self._started_at = time.time()
-        self._start_ns = start_ns = time.monotonic_ns()
-        alarm = Alarm()
-        try:
-            await self._send_all(requests, alarm, start_ns)
-        finally:
-            alarm.close()
 
-    async def _send_all(self, requests: asyncio.TaskGroup, alarm: Alarm, start_ns: int) -> None:
-        while (prepared := await self._ahead.next()) is not None:
-            await alarm.until(start_ns + round(prepared.row.due_s * 1e9))
-            if self._slots is not None:
-                await self._slots.acquire()
-            self._tried += 1
-            self._in_flight += 1
-            self._in_flight_max = max(self._in_flight_max, self._in_flight)
-            self._is_idle.clear()
-            requests.create_task(self._request(prepared, start_ns))
-            await asyncio.sleep(0)  # the request's own first step: in a burst each is sent before the next is begun
+async def _press(senders: Sequence[RemoteSender], stop: Stop) -> None:
+    """Pass presses on."""
+    for press in (stop.sending, stop.waiting):
+        await press.wait()
+        for sender in senders:
+            sender.press()
 
-    async def _request(self, prepared: Prepared, start_ns: int) -> None:
-        began_ns = time.monotonic_ns()
-        row, options = prepared.row, self._options
-        prepared.is_sent = True
-        self._prompts_counted += prepared.is_counted
-        if self._ahead.max_model_len is not None:
-            asked_tokens = (row.request_tokens or 0) + (row.response_tokens or 0)
-            self._over_max_model_len += asked_tokens > self._ahead.max_model_len
-        limit = asyncio.timeout(options.timeout_s)
-        self._limits.add(limit)
-        headers = request_headers(row, self._run_id, self._api_key, self._ahead.extra_headers)
-        reply = await send(
-            self._http, options.endpoint, headers, prepared.body, limit, began_ns, keep_text=self._ahead.wants_text
-        )
-        self._limits.discard(limit)
-        if self._is_cut and reply.outcome is Outcome.UPSTREAM_TIMEOUT:
-            reply = dataclasses.replace(reply, outcome=Outcome.CLIENT_GONE, error="the replay was interrupted")
-        self._in_flight -= 1
-        if self._slots is not None:
-            self._slots.release()
-        if not self._in_flight:
-            self._is_idle.set()
-        self._ahead.answered(prepared, reply.text, reply.usage, reply.outcome is Outcome.OK)
-        sample = measure(row, reply, start_ns)
-        if row.is_warmup:
-            self._tally.warmup += 1
-        else:
-            self._tally.add(sample, reply.gaps_ns)
-        if self._samples is not None:
-            self._samples.write(sample)
 
-    async def _show_progress(self, show: Callable[[Progress], None]) -> None:
+@asynccontextmanager
+async def _shown(
+    on_progress: Callable[[Progress], None] | None, progress: Callable[[], Progress]
+) -> AsyncIterator[None]:
+    """Show progress meanwhile, if it is to be shown."""
+
+    async def show_on(show: Callable[[Progress], None]) -> None:
         while True:
-            show(self._progress())
+            show(progress())
             await asyncio.sleep(PROGRESS_S)
 
-    def _progress(self) -> Progress:
-        ended, ok = self._tally.ended + self._tally.warmup, self._tally.ok + self._tally.warmup
-        elapsed_s = None if self._start_ns is None else (time.monotonic_ns() - self._start_ns) / 1e9
-        is_draining = self._stop.sending.is_set()
-        return Progress(elapsed_s, self._tried, ok, ended - ok, self._in_flight, is_draining=is_draining)
-
-    def _summary(self) -> Summary:
-        options, ahead = self._options, self._ahead
-        workload = Workload(
-            target=self._http.url.text,
-            model=options.model,
-            endpoint=options.endpoint,
-            stream=options.stream and options.endpoint != "embeddings",
-            run_id=self._run_id,
-            speed=options.speed,
-            warmup_s=options.warmup_s,
-            process=options.arrivals.process,
-            seed=options.seed,
-            ties=options.ties,
-            max_in_flight=options.max_in_flight,
-            started_at=self._started_at,
-            rows_read=ahead.rows_read,
-            failed_in_source=ahead.failed_in_source,
-            without_tokens=ahead.without_tokens,
-            unsent=ahead.rows_read - ahead.failed_in_source - ahead.without_tokens - self._tried,
-            is_interrupted=self._stop.sending.is_set(),
-            stopped_by=None if ahead.error is None else str(ahead.error),
-            prompt_method=ahead.method,
-            prompts_counted=self._prompts_counted,
-            prompt_notes=ahead.notes,
-            max_model_len=ahead.max_model_len,
-            over_max_model_len=self._over_max_model_len,
-            samples_error=None if self._samples is None else self._samples.error,
-        )
-        return self._tally.summary(workload, self._in_flight_max)
-
-
-def _raise_file_limit() -> None:
-    """Every request in flight is an open file; the usual soft limit of 1,024 would show up as connect errors."""
+    showing = None if on_progress is None else asyncio.create_task(show_on(on_progress))
     try:
-        import resource
-    except ImportError:  # not on Windows
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        yield
+    finally:
+        if showing is not None:
+            showing.cancel()
+            with suppress(asyncio.CancelledError):
+                await showing
 
 
-def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, where it is installed."""
-    try:
-        return importlib.import_module("uvloop").new_event_loop  # type: ignore[no-any-return]
-    except ImportError:
-        return None
+def _sum_progress(senders: Sequence[RemoteSender], start: _Start, stop: Stop) -> Progress:
+    known = [sender.progress for sender in senders if sender.progress is not None]
+    return Progress(
+        start.elapsed_s() if start.zero_s is not None else None,
+        sum(each.sent for each in known),
+        sum(each.ok for each in known),
+        sum(each.failed for each in known),
+        sum(each.in_flight for each in known),
+        is_draining=stop.sending.is_set(),
+    )
+
+
+def _read_samples(path: Path) -> Iterator[Sample]:
+    """Of a part; what a sender that died left of a line is no sample."""
+    decoder = msgspec.json.Decoder(Sample)
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield decoder.decode(line)
+
+
+def _found_of(name: str, job: Job, cut_s: float) -> tuple[SenderResult, int]:
+    """What is known of a sender that died, and how many of its rows have no sample.
+
+    cut_s: rows that are due later would not have been sent; seconds after the zero.
+    """
+    counts, tally = Counts(), Tally()
+    path = job.options.samples
+    for sample in _read_samples(path) if path is not None and path.exists() else ():
+        counts.tried += 1
+        if sample.is_warmup:
+            tally.warmup += 1
+        else:
+            tally.add(sample)
+    sendable = 0
+    for row in rows_of(plan_file(job.trace, job.options), job.shards):
+        if row.due_s > cut_s:
+            break
+        counts.rows_read += 1
+        sendable += row.is_sendable
+        counts.failed_in_source += row.is_failure and not row.is_sendable
+        counts.without_tokens += not row.is_failure and not row.is_sendable
+    facts = SenderFacts(
+        name=name,
+        host=name.rpartition(":")[0],
+        sent=counts.tried,
+        dispatch_lag_s=tally.distribution("dispatch_lag_s"),
+        wake_lag_s=tally.distribution("wake_lag_s"),
+        cpu_share=None,
+        stall_max_s=None,
+    )
+    words, max_model_len = job.learned
+    found = SenderResult(facts, tally, counts, "usage" if words is None else "tokenize", (), max_model_len, None, None)
+    return found, max(sendable - counts.tried, 0)
+
+
+def _join(parts: Iterable[Path | None], samples: SamplesFile) -> None:
+    """Move the senders' samples into one file."""
+    for part in parts:
+        if part is not None and part.exists():
+            for sample in _read_samples(part):
+                samples.write(sample)
+            part.unlink()
+
+
+def _summary(
+    options: ReplayOptions,
+    start: _Start,
+    results: Sequence[SenderResult],
+    stop: Stop,
+    samples_error: str | None,
+    lost: dict[str, int] | None = None,
+) -> Summary:
+    """The figures of all senders. lost: rows without a sample, by the sender that died."""
+    tally, counts = Tally(), Counts()
+    for result in results:
+        tally.merge(result.tally)
+        counts.add(result.counts)
+    sendable = counts.rows_read - counts.failed_in_source - counts.without_tokens
+    lost_rows = sum((lost or {}).values())
+    workload = Workload(
+        target=base_url(options),
+        model=options.model,
+        endpoint=options.endpoint,
+        stream=options.stream,
+        run_id=start.run_id,
+        speed=options.speed,
+        warmup_s=options.warmup_s,
+        process=options.arrivals.process,
+        seed=options.seed,
+        ties=options.ties,
+        max_in_flight=options.max_in_flight,
+        started_at=start.zero_s,
+        rows_read=counts.rows_read,
+        failed_in_source=counts.failed_in_source,
+        without_tokens=counts.without_tokens,
+        unsent=sendable - counts.tried - counts.late_dropped - lost_rows,
+        is_interrupted=stop.sending.is_set(),
+        stopped_by=next((result.stopped_by for result in results if result.stopped_by is not None), None),
+        prompt_method=next((result.prompt_method for result in results if result.prompt_method != "usage"), "usage"),
+        prompt_notes=tuple(dict.fromkeys(note for result in results for note in result.prompt_notes)),
+        prompts_counted=counts.prompts_counted,
+        max_model_len=next((result.max_model_len for result in results if result.max_model_len is not None), None),
+        over_max_model_len=counts.over_max_model_len,
+        samples_error=samples_error,
+        senders=tuple(result.facts for result in results),
+        sessions=options.sessions,
+        gaps_estimated=counts.gaps_estimated,
+        read_late=counts.read_late,
+        late_dropped=counts.late_dropped,
+        shard=None if options.shard is None else f"{options.shard.index}/{options.shard.count}",
+        lost=lost_rows,
+        lost_senders=tuple(lost or ()),
+    )
+    return tally.summary(workload, counts.in_flight_max)
 
 
 def _write_whole(path: Path, data: bytes) -> None:

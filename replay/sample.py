@@ -27,7 +27,7 @@ class Sample(msgspec.Struct, frozen=True, gc=False):
     sent_s: float | None
     """None when no connection could be made."""
     dispatch_lag_s: float | None
-    """Real send minus planned send, connection set-up included."""
+    """Real send minus planned send, connection set-up included; but see `session_wait_s`."""
     wake_lag_s: float
     """How late the replay itself began with the request."""
     ttft_s: float | None
@@ -46,11 +46,24 @@ class Sample(msgspec.Struct, frozen=True, gc=False):
     error: str | None = None
     is_warmup: bool = False
     """In no figure of the summary."""
+    failure_class: str | None = None
+    """One of `replay.client.FailureClass`; None for `ok`."""
+    held_back_s: float | None = None
+    """The part of the lag for which `max_in_flight` held it back; None without one."""
+    session_wait_s: float | None = None
+    """With sessions whose turns wait: how much later than `due_s` its moment was, because of the turn before; below 0
+    where that one ended sooner than recorded. Lag and `e2e_from_due_s` count from that moment. Else None."""
 
 
-def measure(row: Planned, reply: Reply, start_ns: int) -> Sample:
-    """The sample of a sendable row. start_ns: schedule zero."""
-    due_ns = start_ns + round(row.due_s * 1e9)
+def measure(
+    row: Planned, reply: Reply, start_ns: int, *, ready_ns: int | None = None, held_back_ns: int | None = None
+) -> Sample:
+    """The sample of a sendable row.
+
+    start_ns: schedule zero; ready_ns: when the row was to go, where that is not simply its due time.
+    """
+    planned_ns = start_ns + round(row.due_s * 1e9)
+    due_ns = planned_ns if ready_ns is None else ready_ns
     sent_ns = reply.sent_ns
     usage = reply.usage
     response_tokens = usage.response_tokens if usage is not None else None
@@ -72,6 +85,9 @@ def measure(row: Planned, reply: Reply, start_ns: int) -> Sample:
         outcome=reply.outcome,
         error=reply.error,
         is_warmup=row.is_warmup,
+        failure_class=reply.failure_class,
+        held_back_s=None if held_back_ns is None else held_back_ns / 1e9,
+        session_wait_s=None if ready_ns is None else (ready_ns - planned_ns) / 1e9,
     )
 
 

@@ -1,7 +1,7 @@
 """Waking on time: an event loop's own timers are whole milliseconds, a schedule's deadlines are not.
 
 On Linux a timerfd (timerfd_create(2)) on the monotonic clock wakes the loop, some 50 us late; elsewhere the loop's own
-timer does, up to 1 ms late.
+timer does, up to 2 ms late.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _TimerSpec(ctypes.Structure):
 
 
 class Alarm:
-    """Sleeps until moments of the monotonic clock; for one sleeper at a time. `close` it."""
+    """Sleeps until moments of the monotonic clock, or until it is rung; for one sleeper at a time. `close` it."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -40,29 +40,38 @@ class Alarm:
         if self._fd >= 0:
             self._loop.add_reader(self._fd, self._rang)
 
-    async def until(self, at_ns: int) -> None:
-        """Return at that moment of `time.monotonic_ns`, or at once when it has passed."""
-        if at_ns <= time.monotonic_ns():
+    async def until(self, at_ns: int | None) -> None:
+        """Return at that moment of `time.monotonic_ns`, or at once when it has passed; sooner when `ring` is called.
+
+        None is no moment at all: only `ring` ends it.
+        """
+        if at_ns is not None and at_ns <= time.monotonic_ns():
             return
-        if self._fd < 0:
-            while (wait_ns := at_ns - time.monotonic_ns()) > 0:
-                await asyncio.sleep(min(wait_ns / 1e9, 3600.0))
-            return
-        spec = _TimerSpec(0, 0, at_ns // 1_000_000_000, at_ns % 1_000_000_000)
-        if self._libc.timerfd_settime(self._fd, _ABSOLUTE, ctypes.byref(spec), None):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+        timer: asyncio.TimerHandle | None = None
+        if at_ns is not None and self._fd >= 0:
+            spec = _TimerSpec(0, 0, at_ns // 1_000_000_000, at_ns % 1_000_000_000)
+            if self._libc.timerfd_settime(self._fd, _ABSOLUTE, ctypes.byref(spec), None):
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number))
+        elif at_ns is not None:
+            timer = self._loop.call_later((at_ns - time.monotonic_ns()) / 1e9 + 0.001, self.ring)
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
         finally:
             self._waiter = None
+            if timer is not None:
+                timer.cancel()
+
+    def ring(self) -> None:
+        """End the sleep, if somebody sleeps."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _rang(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._fd, 8)
-            if self._waiter is not None and not self._waiter.done():
-                self._waiter.set_result(None)
+            self.ring()
 
     def close(self) -> None:
         """Give the timer back."""

@@ -90,6 +90,7 @@ def test_tests_are_imported_by_tests_only() -> None:
         ("uvicorn", {"proxy/app.py", "proxy/control.py", "replay/simulator/server.py", "replay/simulator/__main__.py"}),
         ("typer", {"proxy/cli.py"}),
         ("tokenizers", {"replay/tokenizer.py"}),
+        ("ray", {"replay/ray_senders.py"}),
         ("yaml", {"proxy/settings.py"}),
         ("pydantic", {"proxy/settings.py"}),
         ("mmap", {"storage/counters.py", "storage/journal.py", "proxy/sessions.py"}),

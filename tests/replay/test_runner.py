@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from replay.arrivals import ArrivalOptions
-from replay.client import MAX_ANSWER_BYTES, header_value, outcome_of
+from replay.client import MAX_ANSWER_BYTES, Reply, header_value, outcome_of, send
 from replay.metrics import Summary
 from replay.prompts import PromptOptions
 from replay.report import render
@@ -33,6 +33,7 @@ from replay.simulator.server import running
 from replay.source import SourceOptions
 from traces.record import Outcome
 from wire.accounting import Accounted
+from wire.http import HttpClient
 from wire.shapes import Usage
 
 TRACES = Path(os.environ.get("BURSTGATE_TRACES", Path(__file__).parents[2].parent / "shared" / "traces"))
@@ -296,34 +297,37 @@ def test_max_in_flight_counts_as_lag() -> None:
 
 OK_BODY = b'{"choices":[{"index":0,"message":{"content":"x"},"finish_reason":"length"}],"usage":{"prompt_tokens":20,"completion_tokens":3}}'  # noqa: E501
 REFUSED_BODY = b'{"error":{"message":"a secret prompt","type":"BadRequestError"}}'
+TIMED_OUT = "the answer was not whole in time"
+ERROR_TEXT = "error event in the stream: InternalServerError"
 NO_COMPLETION = "HTTP 200, but the answer is no completion"
 ERROR_EVENT = chunked(b'data: {"error":{"message":"a secret prompt","type":"InternalServerError","code":500}}\n\n')
 
 
 @pytest.mark.parametrize(
-    ("answer", "outcome", "error"),
+    ("answer", "outcome", "failure_class", "error"),
     [
-        (raw(STREAM_HEAD, content(), usage(20, 3), END, close=False), "ok", None),
+        (raw(STREAM_HEAD, content(), usage(20, 3), END, close=False), "ok", None, None),
         # A server that does not stream though asked to: a whole answer all the same.
-        (status(200, OK_BODY), "ok", None),
-        (status(400, REFUSED_BODY), "invalid_request", "HTTP 400 BadRequestError"),
-        (status(307), "invalid_request", "HTTP 307"),
-        (status(429, b"slow down"), "rejected", "HTTP 429"),
-        (status(503, b"\xff\xfe"), "upstream_error", "HTTP 503"),
-        (status(200, b"<html>hello</html>", "text/html"), "upstream_error", NO_COMPLETION),
-        (status(200, b""), "upstream_error", NO_COMPLETION),
-        (raw(), "upstream_error", "closed by the upstream"),
-        (raw(b"SSH-2.0-OpenSSH_9\r\n\r\n"), "upstream_error", None),
-        (raw(STREAM_HEAD, ERROR_EVENT + END), "upstream_error", "error event in the stream: InternalServerError"),
-        (raw(STREAM_HEAD, content()), "truncated", "closed by the upstream"),
-        (raw(STREAM_HEAD, content(), b"zz\r\n"), "truncated", None),
-        (raw(STREAM_HEAD, content(), b"0\r\n\r\n"), "truncated", "the stream ended without [DONE]"),
-        (hang, "upstream_timeout", "the answer was not whole in time"),
-        (raw(STREAM_HEAD, content(), 30.0), "upstream_timeout", "the answer was not whole in time"),
+        (status(200, OK_BODY), "ok", None, None),
+        (status(400, REFUSED_BODY), "invalid_request", "http_4xx", "HTTP 400 BadRequestError"),
+        (status(307), "invalid_request", "http_3xx", "HTTP 307"),
+        (status(429, b"slow down"), "rejected", "http_429", "HTTP 429"),
+        (status(503, b"\xff\xfe"), "upstream_error", "http_5xx", "HTTP 503"),
+        (status(200, b"<html>hello</html>", "text/html"), "upstream_error", "bad_answer", NO_COMPLETION),
+        (status(200, b""), "upstream_error", "bad_answer", NO_COMPLETION),
+        (raw(), "upstream_error", "no_answer", "closed by the upstream"),
+        (raw(b"SSH-2.0-OpenSSH_9\r\n\r\n"), "upstream_error", "bad_answer", None),
+        (raw(STREAM_HEAD, ERROR_EVENT + END), "upstream_error", "mid_stream", ERROR_TEXT),
+        (raw(STREAM_HEAD, content()), "truncated", "mid_stream", "closed by the upstream"),
+        (raw(STREAM_HEAD, content(), b"zz\r\n"), "truncated", "mid_stream", None),
+        (raw(STREAM_HEAD, content(), b"0\r\n\r\n"), "truncated", "mid_stream", "the stream ended without [DONE]"),
+        (hang, "upstream_timeout", "timeout_head", TIMED_OUT),
+        (raw(STREAM_HEAD, 30.0), "upstream_timeout", "timeout_first_token", TIMED_OUT),
+        (raw(STREAM_HEAD, content(), 30.0), "upstream_timeout", "timeout_mid_stream", TIMED_OUT),
     ],
 )  # fmt: skip
 def test_each_failure_is_a_sample_and_the_next_request_is_sent(
-    answer: Answer, outcome: str, error: str | None, tmp_path: Path
+    answer: Answer, outcome: str, failure_class: str | None, error: str | None, tmp_path: Path
 ) -> None:
     async def first_only(seen: Seen, writer: asyncio.StreamWriter) -> None:
         await (answer if seen.headers["x-request-id"].endswith("-0") else echo)(seen, writer)
@@ -333,9 +337,127 @@ def test_each_failure_is_a_sample_and_the_next_request_is_sent(
     assert summary.sent == 2
     assert summary.failures == ({} if outcome == "ok" else {outcome: 1})
     sample = next(sample for sample in samples_of(tmp_path / "s") if sample.index == 0)
-    assert sample.outcome == outcome
+    assert (sample.outcome, sample.failure_class) == (outcome, failure_class)
     assert error is None or sample.error == error
     assert "secret" not in (tmp_path / "s").read_text()
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (raw(STREAM_HEAD, content("a\\u00e9"), content(" b"), usage(20, 3), END, close=False), "a\u00e9 b"),
+        (status(200, OK_BODY), "x"),
+        (status(500), None),
+    ],
+)
+def test_an_answers_text_is_kept_when_asked(answer: Answer, text: str | None) -> None:
+    async def body(*, keep_text: bool) -> Reply:
+        async with scripted({CHAT: answer}) as script:
+            http = HttpClient(script.url)
+            reply = await send(http, "chat", [], b"{}", asyncio.timeout(5), 0, keep_text=keep_text)
+            http.close()
+            return reply
+
+    assert asyncio.run(body(keep_text=True)).text == text
+    assert asyncio.run(body(keep_text=False)).text is None
+
+
+def test_a_refused_connection_has_its_class(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with scripted({}) as script:
+            url = script.url
+            task = asyncio.create_task(run(rows([0.3]), ReplayOptions(url, "m", samples=tmp_path / "s")))
+            await asyncio.sleep(0.15)
+        await task
+
+    asyncio.run(body())
+    assert [(sample.outcome, sample.failure_class) for sample in samples_of(tmp_path / "s")] == [
+        ("connect_error", "connect")
+    ]
+
+
+def test_a_report_is_written_when_everything_fails(tmp_path: Path) -> None:
+    options = ReplayOptions("", "m", samples=tmp_path / "s")
+    summary, _ = replayed({CHAT: status(503)}, rows([0.0, 0.01]), options)
+    assert (summary.sent, summary.ok, summary.error_rate, summary.ttft_s) == (2, 0, 1.0, None)
+    assert len(samples_of(tmp_path / "s")) == 2
+    output = io.StringIO()
+    Console(file=output, width=200).print(render(summary))
+    assert "2 upstream_error" in output.getvalue()
+
+
+def test_what_is_late_is_dropped_where_asked(tmp_path: Path) -> None:
+    """One in flight at a time, 0.2 s each: of ten that are due at once the last ones are more than 0.5 s late."""
+    slow = raw(0.2, STREAM_HEAD, content(), usage(20, 3), END, close=False)
+    options = ReplayOptions("", "m", max_in_flight=1, late="drop", late_after_s=0.5, samples=tmp_path / "s")
+    summary, script = replayed({CHAT: slow}, rows([0.0] * 10), options)
+    assert summary.ok == summary.sent == len(script.of(CHAT)) == len(samples_of(tmp_path / "s"))
+    assert 1 <= summary.ok <= 3
+    assert (summary.late_dropped, summary.unsent, summary.rows_read) == (10 - summary.ok, 0, 10)
+    held_s = sorted(sample.held_back_s or 0.0 for sample in samples_of(tmp_path / "s"))
+    assert held_s[0] < 0.1
+    assert summary.ok < 3 or held_s[-1] > 0.15  # each waits for the one before it
+
+
+def spoken(due_s: float, index: int, session: str | None, elapsed_s: float = 0.1) -> Planned:
+    return Planned(index, due_s, session, None, 20, 3, elapsed_s=elapsed_s)
+
+
+SPOKEN = [spoken(0.0, 0, "a"), spoken(0.2, 1, "a"), spoken(0.3, 2, "b"), spoken(0.9, 3, "a"), spoken(0.9, 4, None)]
+
+
+@pytest.mark.parametrize(
+    ("sessions", "went_s"),
+    [
+        ("independent", [0.0, 0.2, 0.3, 0.9, 0.9]),
+        ("ordered", [0.0, 0.5, 0.3, 1.0, 0.9]),
+        ("think-time", [0.0, 0.6, 0.3, 1.7, 0.9]),  # 0.1 s and 0.6 s after the end of the turn before
+    ],
+)
+def test_sessions_as_the_target_sees_them(sessions: Any, went_s: list[float], tmp_path: Path) -> None:
+    """An answer takes half a second."""
+    slow = raw(0.5, STREAM_HEAD, content(), usage(20, 3), END, close=False)
+    options = ReplayOptions("", "m", sessions=sessions, samples=tmp_path / "s")
+    summary, script = replayed({CHAT: slow}, SPOKEN, options)
+    assert (summary.ok, summary.sessions, summary.gaps_estimated, summary.read_late) == (5, sessions, 0, 0)
+    zero_s = time.monotonic() - (time.time() - (summary.started_at or 0.0))
+    arrived_s = {int(seen.headers["x-request-id"][-1]): seen.at_s - zero_s for seen in script.of(CHAT)}
+    samples = sorted(samples_of(tmp_path / "s"), key=lambda sample: sample.index)
+    for index, moment_s in enumerate(went_s):
+        assert moment_s - 0.001 <= arrived_s[index] < moment_s + 0.15
+        sample = samples[index]
+        if sessions == "independent":
+            assert sample.session_wait_s is None
+            continue
+        assert sample.session_wait_s == pytest.approx(moment_s - SPOKEN[index].due_s, abs=0.12)
+        assert 0 <= (sample.dispatch_lag_s or 0.0) < 0.12  # the wait is no lag
+        assert (sample.sent_s or 0.0) - sample.due_s == pytest.approx(
+            (sample.session_wait_s or 0.0) + (sample.dispatch_lag_s or 0.0)
+        )
+
+
+def test_one_session_that_hangs_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its turns fill the room and time out one by one; what is read late for that is counted, and nothing is lost."""
+    monkeypatch.setattr("replay.turns.MAX_TURNS", 4)
+
+    async def answer(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        await (hang if seen.headers.get("x-session-id") == "hangs" else echo)(seen, writer)
+
+    planned = [spoken(0.0, n, "hangs") for n in range(5)] + [spoken(0.05 * n, 5 + n, f"s{n}") for n in range(10)]
+    summary, _ = replayed({CHAT: answer}, planned, ReplayOptions("", "m", sessions="ordered", timeout_s=0.2))
+    assert (summary.sent, summary.ok, summary.failures) == (15, 10, {"upstream_timeout": 5})
+    assert summary.read_late > 0
+
+
+def test_a_sender_tells_its_own_load(simulator: str) -> None:
+    summary = asyncio.run(run(rows([n * 0.01 for n in range(30)]), ReplayOptions(simulator, "simulated")))
+    (facts,) = summary.senders
+    assert facts.name.endswith(f":{os.getpid()}")
+    assert (facts.sent, facts.dispatch_lag_s) == (30, summary.dispatch_lag_s)
+    assert facts.cpu_share is not None
+    assert 0 < facts.cpu_share < 2
+    assert facts.stall_max_s is not None
+    assert 0 <= facts.stall_max_s < 5
 
 
 def test_a_target_that_dies_is_counted() -> None:
@@ -453,6 +575,13 @@ def test_a_target_need_not_list_its_models(listing: Answer) -> None:
         ({"speed": -1}, "speed: expected"),
         ({"speed": 2, "arrivals": ArrivalOptions("poisson", 1.0)}, "speed: expected 1 with the process poisson"),
         ({"warmup_s": -1}, "warmup: expected seconds >= 0"),
+        ({"sessions": "closed"}, "sessions: expected one of independent, ordered, think-time, got 'closed'"),
+        ({"late": "skip"}, "late: expected send or drop, got 'skip'"),
+        ({"late_after_s": -1}, "late after: expected seconds >= 0, got -1"),
+        ({"processes": 0}, "processes: expected 1 to 1024, got 0"),
+        ({"processes": 3, "max_in_flight": 2}, "max in flight: expected at least 1 for each of 3 senders"),
+        ({"senders": 2}, "senders: expected with a Ray address only"),
+        ({"ray": "auto", "processes": 2}, "processes: expected without a Ray address"),
     ],
 )
 def test_wrong_options(wrong: dict[str, object], message: str) -> None:
@@ -493,7 +622,7 @@ def test_a_trace_that_is_wrong_from_the_start_sends_nothing() -> None:
 @pytest.mark.parametrize("presses", [1, 2])
 def test_a_stop_ends_the_sending_and_still_reports(presses: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three requests are in flight when it comes: one ends by itself in time, two hang."""
-    monkeypatch.setattr("replay.runner.DRAIN_S", 0.5 if presses == 1 else 60.0)
+    monkeypatch.setattr("replay.sender.DRAIN_S", 0.5 if presses == 1 else 60.0)
 
     async def answer(seen: Seen, writer: asyncio.StreamWriter) -> None:
         is_first = seen.headers["x-request-id"].endswith("-0")

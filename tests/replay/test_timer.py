@@ -88,3 +88,20 @@ def test_nothing_is_left_open(runner: asyncio.Runner) -> None:
 
     with runner:
         runner.run(main())
+
+
+def test_a_ring_ends_the_sleep_and_one_without_a_sleeper_is_nothing(runner: asyncio.Runner) -> None:
+    async def main() -> None:
+        alarm = Alarm()
+        alarm.ring()
+        for at_ns in (None, time.monotonic_ns() + 60_000_000_000):
+            asyncio.get_running_loop().call_later(0.01, alarm.ring)
+            async with asyncio.timeout(5):
+                await alarm.until(at_ns)
+        at_ns = time.monotonic_ns() + 20_000_000
+        await alarm.until(at_ns)
+        assert time.monotonic_ns() >= at_ns
+        alarm.close()
+
+    with runner:
+        runner.run(main())
