@@ -37,12 +37,15 @@ from replay.ahead import COUNTERS, Ahead, Prepared
 from replay.arrivals import ArrivalOptions, open_process, retime
 from replay.client import FAMILIES, Endpoint, check_target, read_api_key, request_headers, send
 from replay.client import ReplayError as ReplayError
-from replay.metrics import Summary, Tally, Workload
-from replay.report import Progress, progress_shown, render
+from replay.metrics import Slo, Summary, Tally, Workload
+from replay.page import page
+from replay.report import Progress, progress_shown, render, summary_json
 from replay.sample import SamplesFile, measure
 from replay.schedule import Planned, PlanOptions, Ties, plan
+from replay.scrape import metrics_urls, scraping
 from replay.source import SourceOptions, select
 from replay.timer import Alarm
+from replay.verdict import MAX_LAG_S, Limits, judged
 from traces.codec import read_trace
 from traces.record import Outcome
 from wire.http import HttpClient
@@ -87,11 +90,17 @@ class ReplayOptions:
     """None makes one."""
     samples: Path | None = None
     json: Path | None = None
+    html: Path | None = None
+    metrics_urls: tuple[str, ...] = ()
+    """Of the servers' metrics; none is the target's /metrics."""
+    slo: Slo | None = None
+    min_goodput: float | None = None
+    """Of `slo`: see `replay.verdict`, as for the next two."""
+    max_lag_s: float = MAX_LAG_S
     max_in_flight: int | None = None
     timeout_s: float = 600.0
     """A request's, from its start to its last byte."""
     max_error_rate: float | None = None
-    """For the caller's exit status: see `is_over_error_rate`."""
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -108,16 +117,21 @@ class ReplayOptions:
             raise ValueError(f"max in flight: expected requests >= 1, got {self.max_in_flight}")
         if not 0 < self.timeout_s < 1e9:
             raise ValueError(f"timeout: expected seconds > 0, got {self.timeout_s:g}")
-        if self.max_error_rate is not None and not 0 <= self.max_error_rate <= 1:
-            raise ValueError(f"max error rate: expected 0 to 1, got {self.max_error_rate:g}")
+        if self.min_goodput is not None and self.slo is None:
+            raise ValueError("min goodput: expected with an slo, got no slo")
+        if self.slo is not None and not self.stream and self.slo.bounds().keys() - {"e2e"}:
+            raise ValueError(
+                "slo: expected only e2e where answers are not streamed, got a bound on first or next tokens"
+            )
+        self.limits()
 
     def plan_options(self) -> PlanOptions:
         """The schedule's part."""
         return PlanOptions(self.speed, 0.0, None, self.limit, self.ties, self.seed, self.warmup_s)
 
-    def is_over_error_rate(self, summary: Summary) -> bool:
-        """More requests failed than `max_error_rate` allows."""
-        return self.max_error_rate is not None and (summary.error_rate or 0.0) > self.max_error_rate
+    def limits(self) -> Limits:
+        """The verdict's part."""
+        return Limits(self.max_lag_s, max_error_rate=self.max_error_rate, min_goodput=self.min_goodput)
 
 
 class Stop:
@@ -151,16 +165,22 @@ def replay(trace: Path, options: ReplayOptions, *, console: Console) -> Summary:
     Raises ReplayError when it cannot start, TraceFormatError or ValueError for what is wrong in the trace's beginning,
     OSError where the trace cannot be read. An error further down ends the run early: `Summary.stopped_by`.
     """
-    if options.json is not None and not options.json.parent.is_dir():
-        raise ReplayError(f"summary file {options.json}: no such directory")
+    for path in (options.json, options.html):
+        if path is not None and not path.parent.is_dir():
+            raise ReplayError(f"{path}: no such directory")
     planned = plan_file(trace, options)
     stop = Stop()
     with asyncio.Runner(loop_factory=_fast_loop()) as runner, ExitStack() as undo:
         undo.enter_context(_signals(runner.get_loop(), stop.press))
         show = None if options.quiet else undo.enter_context(progress_shown(console))
+        scraper = undo.enter_context(scraping(metrics_urls(options.target, options.metrics_urls)))
         summary = runner.run(run(planned, options, stop=stop, on_progress=show))
+        scraper.stop()
+    summary = judged(msgspec.structs.replace(summary, server=scraper.facts(summary.started_at)), options.limits())
     if options.json is not None:
-        _write_whole(options.json, msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+        _write_whole(options.json, summary_json(summary))
+    if options.html is not None:
+        _write_whole(options.html, page(summary))
     if not options.quiet:
         console.print(render(summary))
     return summary
@@ -220,7 +240,7 @@ class _Run:
         self._stop = stop
         self._on_progress = on_progress
         self._run_id = options.run_id or f"run-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-        self._tally = Tally()
+        self._tally = Tally(options.slo)
         self._start_ns: int | None = None
         self._started_at: float | None = None
         self._slots = None if options.max_in_flight is None else asyncio.Semaphore(options.max_in_flight)
@@ -288,16 +308,18 @@ class _Run:
     async def _send_all(self, requests: asyncio.TaskGroup, alarm: Alarm, start_ns: int) -> None:
         while (prepared := await self._ahead.next()) is not None:
             await alarm.until(start_ns + round(prepared.row.due_s * 1e9))
+            held_ns = -time.monotonic_ns()
             if self._slots is not None:
                 await self._slots.acquire()
+            held_ns += time.monotonic_ns()
             self._tried += 1
             self._in_flight += 1
             self._in_flight_max = max(self._in_flight_max, self._in_flight)
             self._is_idle.clear()
-            requests.create_task(self._request(prepared, start_ns))
+            requests.create_task(self._request(prepared, start_ns, held_ns))
             await asyncio.sleep(0)  # the request's own first step: in a burst each is sent before the next is begun
 
-    async def _request(self, prepared: Prepared, start_ns: int) -> None:
+    async def _request(self, prepared: Prepared, start_ns: int, held_ns: int) -> None:
         began_ns = time.monotonic_ns()
         row, options = prepared.row, self._options
         prepared.is_sent = True
@@ -318,7 +340,7 @@ class _Run:
         if not self._in_flight:
             self._is_idle.set()
         self._ahead.learn_from(prepared, reply.usage)
-        sample = measure(row, reply, start_ns)
+        sample = measure(row, reply, start_ns, held_back_ns=held_ns if self._slots is not None else 0)
         if row.is_warmup:
             self._tally.warmup += 1
         else:
@@ -335,7 +357,8 @@ class _Run:
         ended, ok = self._tally.ended + self._tally.warmup, self._tally.ok + self._tally.warmup
         elapsed_s = None if self._start_ns is None else (time.monotonic_ns() - self._start_ns) / 1e9
         is_draining = self._stop.sending.is_set()
-        return Progress(elapsed_s, self._tried, ok, ended - ok, self._in_flight, is_draining=is_draining)
+        recent = None if elapsed_s is None else self._tally.recent(elapsed_s)
+        return Progress(elapsed_s, self._tried, ok, ended - ok, self._in_flight, is_draining, recent)
 
     def _summary(self) -> Summary:
         options, ahead = self._options, self._ahead
@@ -362,7 +385,7 @@ class _Run:
             prompts_counted=self._prompts_counted,
             max_model_len=ahead.max_model_len,
             over_max_model_len=self._over_max_model_len,
-            samples_error=None if self._samples is None else self._samples.error,
+            samples_error=None if self._samples is None else self._samples.close(),
         )
         return self._tally.summary(workload, self._in_flight_max)
 
@@ -394,7 +417,7 @@ def _write_whole(path: Path, data: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise ReplayError(f"summary file {path}: {error.strerror}") from None
+        raise ReplayError(f"{path}: {error.strerror}") from None
 
 
 @contextmanager
