@@ -54,6 +54,10 @@ def page(summary: Summary) -> bytes:
 
 def distributions_of(summary: Summary) -> list[tuple[str, Distribution | None]]:
     """The table of figures: name and distribution in seconds."""
+    waits = [
+        ("Held back by the limit in flight", summary.held_back_s),
+        ("Waiting for the turn before", summary.session_wait_s),
+    ]
     return [
         ("Time to first token", summary.ttft_s),
         ("Time to first token, from the planned send", summary.ttft_from_due_s),
@@ -63,8 +67,7 @@ def distributions_of(summary: Summary) -> list[tuple[str, Distribution | None]]:
         ("End to end, from the planned send", summary.e2e_from_due_s),
         ("Dispatch lag", summary.dispatch_lag_s),
         ("Dispatch lag, the replay's own part", summary.wake_lag_s),
-        ("Held back by the limit in flight", summary.held_back_s),
-        ("Waiting for the turn before", summary.session_wait_s),
+        *((name, value) for name, value in waits if value is not None),
     ]
 
 

@@ -15,6 +15,7 @@ neighbours, as the summary's bins are.
 
 from __future__ import annotations
 
+import http.client
 import threading
 import time
 import urllib.error
@@ -85,16 +86,16 @@ def fetch(url: str) -> tuple[bytes, str | None]:
     try:
         with _direct.open(url, timeout=TIMEOUT_S) as answer:
             body: bytes = answer.read(MAX_BODY_BYTES + 1)
-            if len(body) > MAX_BODY_BYTES:
-                raise Unscraped(f"{url}: expected at most {MAX_BODY_BYTES} bytes, got more", is_final=True)
-            return body, answer.headers.get("x-burstgate-upstream")
+            answered_by: str | None = answer.headers.get("x-burstgate-upstream")
     except urllib.error.HTTPError as error:
         with error:
             raise Unscraped(f"{url}: HTTP {error.code}", is_final=400 <= error.code < 500) from None
-    except (OSError, ValueError) as error:  # URLError, timeouts and http.client's errors among them
-        raise Unscraped(f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}") from None
-    except Exception as error:  # noqa: BLE001  http.client.HTTPException and whatever a broken server provokes
-        raise Unscraped(f"{url}: {type(error).__name__}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts among them
+        reason = getattr(error, "reason", None) or error
+        raise Unscraped(f"{url}: {' '.join(str(reason).split()) or type(error).__name__}") from None
+    if len(body) > MAX_BODY_BYTES:
+        raise Unscraped(f"{url}: expected at most {MAX_BODY_BYTES} bytes, got more", is_final=True)
+    return body, answered_by
 
 
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))

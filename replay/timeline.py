@@ -127,9 +127,9 @@ class Timeline:
 
     def add_tokens(self, tokens: int, first_s: float, end_s: float) -> None:
         """Take an answer's tokens, which came between first content and last byte."""
-        first_s = max(0.0, min(first_s, end_s - 1e-3))
-        if end_s > first_s:
-            self._spread(self._tokens, self._tokens_at, tokens / (end_s - first_s), first_s, end_s)
+        first_s = max(0.0, min(first_s, end_s - 1e-3))  # no rate is endless
+        end_s = max(end_s, first_s + 1e-3)
+        self._spread(self._tokens, self._tokens_at, tokens / (end_s - first_s), first_s, end_s)
 
     def _spread(self, rates: list[float], rates_at: list[float], rate: float, first_s: float, end_s: float) -> None:
         end = self._at(end_s)
