@@ -158,13 +158,7 @@ def test_a_whole_summary() -> None:
             e2e_p50_s=[None, known.over_time.e2e_p50_s[1], None, None, None],
             e2e_p99_s=[None, known.over_time.e2e_p99_s[1], None, None, None],
             dispatch_lag_max_s=[None, 0.5, None, None, 0.75],
-            response_tokens_per_s=[
-                0.0,
-                0.8,
-                pytest.approx(4 / 1.875, abs=1e-5),
-                pytest.approx(4 / 3.75, abs=1e-5),
-                0.0,
-            ],
+            response_tokens_per_s=[0.0, 0.8, 2.133333, 1.066667, 0.0],
         ),
         cdfs={
             name: Cdf([value, value], [0.0, 1.0])
