@@ -421,8 +421,8 @@ def test_simulate_and_replay(run: Run, tmp_path: Path) -> None:
     (tmp_path / "minus.csv").write_text(GOOD + "7,ChatGPT,10,-3,7,API log\n")
     with _serving("simulate", "--port", "0", "--fast", ready=r"\b(http://\S+)$") as simulator:
         url = simulator.wait_for(r"\b(http://\S+)$", 1.0)[1]
-        arguments = ("replay", "--target", url, "--model", "simulated", "--speed", "100", "--quiet")
-        arguments += ("--max-lag", "5")  # what else this machine does is no matter here
+        arguments = ("replay", "--target", url, "--model", "simulated", "--speed", "100", "--quiet",
+                     "--max-lag", "5")  # what else this machine does is no matter here  # fmt: skip
         assert run(*arguments, "good.csv", "--json", "s.json", "--samples", "s.jsonl")[0] == 0
         assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 2
         replay = (
