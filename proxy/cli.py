@@ -1,4 +1,7 @@
-"""The `burstgate` command: parses, wires, reports. Exit status 0 good, 1 failed, 2 wrong usage or configuration."""
+"""The `burstgate` command: parses, wires, reports. Exit status 0 good, 1 failed, 2 wrong usage or configuration.
+
+Of a replay also 3, when it was itself the bottleneck.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+import tempfile
 import zoneinfo
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +30,8 @@ from traces.codec import FORMATS, TraceClock, TraceFormatError
 from traces.record import LogType
 
 if TYPE_CHECKING:
+    from replay.metrics import Summary
+    from replay.runner import ReplayOptions
     from traces.profile import WorkloadProfile
 
 app = typer.Typer(
@@ -619,6 +625,19 @@ def generate(
     print(f"{output}: {report.rows_written:,} of {report.rows_in:,} rows as {format}{dropped}", file=sys.stderr)
 
 
+MAX_LAG_S = 0.010
+"""As in `replay.verdict`, which takes longer to import than --help may."""
+SloText = Annotated[
+    str | None, typer.Option("--slo", help="Bounds in seconds, as ttft=0.5,tpot=0.05,itl=0.2,e2e=10; gives goodput.")
+]
+MinGoodput = Annotated[
+    float | None, typer.Option(help="Exit status 1 below this share of requests within --slo.  [default: 0.99]")
+]
+MaxLag = Annotated[float, typer.Option(help="Exit status 3 where the replay's own lag (p99) is more seconds.")]
+MaxErrorRate = Annotated[float | None, typer.Option(help="Exit status 1 beyond this share of failures.")]
+Html = Annotated[Path | None, typer.Option(help="Write the report as one HTML page that opens offline.")]
+
+
 @app.command()
 def replay(
     target: Annotated[str, typer.Option(help="Base URL to send to.")],
@@ -703,11 +722,13 @@ def replay(
     format: Format = None,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the API key.")] = None,
     run_id: Annotated[str | None, typer.Option(help="Name of this run in the records.")] = None,
-    samples: Annotated[Path | None, typer.Option(help="Write one JSON line a request.")] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="Write a row a request: JSON lines, or Parquet for a name in .parquet.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the summary as JSON.")] = None,
     max_in_flight: Annotated[int | None, typer.Option(help="Hold back beyond this; counts as lag.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 600.0,
-    max_error_rate: Annotated[float | None, typer.Option(help="Exit status 1 beyond this share of failures.")] = None,
+    max_error_rate: MaxErrorRate = None,
     quiet: Annotated[bool, typer.Option(help="No progress.")] = False,
     sessions: Annotated[
         str,
@@ -722,10 +743,33 @@ def replay(
     start_at: Annotated[str | None, typer.Option(help="Schedule zero, as ISO 8601 or epoch seconds.")] = None,
     ray: Annotated[str | None, typer.Option(help="Send from this Ray cluster: an address, auto or local.")] = None,
     senders: Annotated[int | None, typer.Option(help="Actors on that cluster.  [default: one a node]")] = None,
+    slo: SloText = None,
+    min_goodput: MinGoodput = None,
+    max_lag: MaxLag = MAX_LAG_S,
+    html: Html = None,
+    metrics_url: Annotated[
+        list[str] | None,
+        typer.Option(help="Metrics of a vLLM behind the target; repeatable.  [default: TARGET/metrics]"),
+    ] = None,
+    store: Annotated[bool, typer.Option("--store", help="Keep the run in the database.")] = False,
+    store_requests: Annotated[
+        bool | None,
+        typer.Option(
+            "--store-requests/--no-store-requests",
+            help="With --store, its requests, too.  [default: unless the target is a burstgate that records them]",
+        ),
+    ] = None,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
 ) -> None:
-    """Send a trace to a server, open loop on absolute deadlines, and report what came back."""
+    """Send a trace to a server, open loop on absolute deadlines, and report what came back.
+
+    Exit status: 0 good, 1 a threshold was missed, 2 wrong usage, 3 the replay itself was the bottleneck.
+    """
     from replay.arrivals import ArrivalOptions
     from replay.bodies import parse_fields, parse_header
+    from replay.metrics import parse_slo
     from replay.options import parse_shard
     from replay.prompts import PromptOptions
     from replay.runner import ReplayOptions
@@ -772,15 +816,151 @@ def replay(
             max_in_flight=max_in_flight, timeout_s=timeout, max_error_rate=max_error_rate, quiet=quiet,
             late_after_s=late_after, processes=processes, ray=ray, senders=senders,
             shard=None if shard is None else parse_shard(shard, os.environ),
-            start_at_s=_stamp(start_at, None, "--start-at"), **literal,
+            start_at_s=_stamp(start_at, None, "--start-at"),
+            slo=None if slo is None else parse_slo(slo), min_goodput=min_goodput, max_lag_s=max_lag, html=html,
+            metrics_urls=tuple(metrics_url or ()), **literal,
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    summary = run(trace, options, console=Console(highlight=False))
-    if summary.is_interrupted:
-        raise typer.Exit(130)
-    if summary.stopped_by is not None or summary.lost_senders or options.is_over_error_rate(summary):
-        raise typer.Exit(1)
+    with contextlib.ExitStack() as undo:
+        engine = None
+        if store:
+            engine = undo.enter_context(_database(config, data_dir, database_url, revision="head"))
+            options = _options_to_store(options, engine, undo)
+        summary = run(trace, options, console=Console(highlight=False))
+        if engine is not None:
+            _store_run(engine, options, summary, store_requests)
+    _exit_by_verdict(summary, quiet=quiet)
+
+
+def _exit_by_verdict(summary: Summary, *, quiet: bool) -> None:
+    """Raises typer.Exit unless the run was good; says why where nothing has been printed."""
+    from replay.verdict import exit_status
+
+    if quiet:
+        for reason in summary.reasons:
+            print(f"burstgate: {summary.verdict}: {reason}", file=sys.stderr)
+    if status := exit_status(summary):
+        raise typer.Exit(status)
+
+
+def _options_to_store(options: ReplayOptions, engine: sa.Engine, undo: contextlib.ExitStack) -> ReplayOptions:
+    """With a samples file, from which the requests are stored. Raises RunConflict before anything is sent."""
+    from storage.runs import check_new
+
+    if options.run_id is not None:
+        check_new(engine, options.run_id)
+    if options.samples is not None:
+        return options
+    folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="burstgate-run-"))
+    return dataclasses.replace(options, samples=Path(folder) / "samples.jsonl")
+
+
+def _store_run(engine: sa.Engine, options: ReplayOptions, summary: Summary, store_requests: bool | None) -> None:
+    """Keep a run; its requests, too, where nobody else records them."""
+    from replay.sample import read_samples, record_of
+    from replay.scrape import is_burstgate
+    from storage.runs import Run, store_run
+
+    run_id, started_at = summary.run_id, summary.started_at
+    if run_id is None or started_at is None or options.samples is None:
+        print("burstgate: not stored: nothing was sent", file=sys.stderr)
+        return
+    asked = store_requests if store_requests is not None else not is_burstgate(str(summary.target))
+    stored = Run(
+        run_id, started_at, str(summary.target), options.model, summary.sent, summary.ok, summary.verdict,
+        msgspec.json.encode(options, enc_hook=str).decode(), msgspec.json.encode(summary).decode(),
+    )  # fmt: skip
+    samples = read_samples(options.samples) if asked else iter(())
+    records = (
+        record_of(
+            each, run_id=run_id, started_at=started_at, model=options.model, endpoint=options.endpoint,
+            stream=options.stream,
+        )
+        for each in samples
+    )  # fmt: skip
+    inserted = store_run(engine, stored, records)
+    kept = f"with {inserted:,} requests" if asked else "its requests are the gateway's to record"
+    print(f"burstgate: stored as run {run_id}, {kept}", file=sys.stderr)
+
+
+@app.command()
+def report(
+    samples: Annotated[list[Path], typer.Argument(help="Samples files of one run.")],
+    summary: Annotated[
+        list[Path] | None,
+        typer.Option(help="Summary that replay wrote with --json, for what no sample tells; repeatable."),
+    ] = None,
+    json: Json = False,
+    html: Html = None,
+    slo: SloText = None,
+    min_goodput: MinGoodput = None,
+    max_lag: MaxLag = MAX_LAG_S,
+    max_error_rate: MaxErrorRate = None,
+) -> None:
+    """Make a replay's report again from its samples files, of all shards together; exit status as of replay."""
+    from itertools import chain
+
+    from replay.metrics import Summary, Workload, merge_workloads, parse_slo, summarize
+    from replay.page import page
+    from replay.report import render, summary_json
+    from replay.sample import read_samples
+    from replay.verdict import Limits, judged
+
+    try:
+        bounds = None if slo is None else parse_slo(slo)
+        limits = Limits(max_lag, max_error_rate=max_error_rate, min_goodput=min_goodput)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    told: list[Workload] = []
+    for path in summary or ():
+        try:
+            told.append(msgspec.json.decode(path.read_bytes(), type=Summary))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: expected a summary, as replay --json writes it: {error}") from None
+    workload = merge_workloads(told) if told else Workload()
+    found = judged(summarize(chain.from_iterable(map(read_samples, samples)), workload, bounds), limits)
+    if html is not None:
+        with _whole(html) as stream:
+            stream.write(page(found))
+    if json:
+        print(summary_json(found).decode(), end="")
+    else:
+        Console(highlight=False).print(render(found))
+    _exit_by_verdict(found, quiet=json)
+
+
+@app.command()
+def runs(
+    run_id: Annotated[str | None, typer.Option(help="Only this run.")] = None,
+    json: Json = False,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """List the replays that were kept with `replay --store`, the newest first."""
+    from storage.runs import read_runs
+
+    with _database(config, data_dir, database_url) as engine:
+        found = read_runs(engine, run_id)
+    if run_id is not None and not found:
+        raise ValueError(f"run id {run_id!r}: expected one that is stored, `burstgate runs` lists them")
+    if json:
+        whole = [
+            {**dataclasses.asdict(each), "options": msgspec.Raw(each.options.encode()),
+             "summary": msgspec.Raw(each.summary.encode())}
+            for each in found
+        ]  # fmt: skip
+        print(msgspec.json.encode(whole).decode())
+        return
+    if not found:
+        print("no run is stored", file=sys.stderr)
+        return
+    table = Table("run", "started", "target", "model", "sent", "ok", "verdict", box=None, pad_edge=False)
+    for each in found:
+        started = datetime.datetime.fromtimestamp(each.started_at, datetime.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+        table.add_row(each.run_id, started, each.target, each.model, f"{each.sent:,}", f"{each.ok:,}", each.verdict)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -145,8 +145,8 @@ def run_demo(directory: Path, console: Console) -> None:
         summary = replay(
             source, ReplayOptions(target=gateway, model=MODEL, json=directory / "replay.json"), console=console
         )
-        _wait_recorded(data_dir, summary.run_id, summary.sent)
-    _report(directory, data_dir, summary.run_id, console)
+        _wait_recorded(data_dir, str(summary.run_id), summary.sent)
+    _report(directory, data_dir, str(summary.run_id), console)
 
 
 def _wait_recorded(data_dir: Path, run_id: str, sent: int) -> None:

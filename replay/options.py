@@ -18,11 +18,12 @@ from typing import Literal, get_args
 
 from replay.arrivals import ArrivalOptions
 from replay.client import FAMILIES, Endpoint
-from replay.metrics import Summary
+from replay.metrics import Slo
 from replay.prompts import PromptOptions
 from replay.rows import open_rows
 from replay.schedule import Planned, PlanOptions, Ties, plan
 from replay.source import SourceOptions
+from replay.verdict import MAX_LAG_S, Limits
 
 Sessions = Literal["independent", "ordered", "think-time"]
 Late = Literal["send", "drop"]
@@ -96,11 +97,17 @@ class ReplayOptions:
     """None makes one."""
     samples: Path | None = None
     json: Path | None = None
+    html: Path | None = None
+    metrics_urls: tuple[str, ...] = ()
+    """Of the servers' metrics; none is the target's /metrics."""
+    slo: Slo | None = None
+    min_goodput: float | None = None
+    """Of `slo`: see `replay.verdict`, as for the next two."""
+    max_lag_s: float = MAX_LAG_S
     max_in_flight: int | None = None
     timeout_s: float = 600.0
     """A request's, from its start to its last byte."""
     max_error_rate: float | None = None
-    """For the caller's exit status: see `is_over_error_rate`."""
     quiet: bool = False
     sessions: Sessions = "independent"
     """Whether a session's turn waits for the one before: see `replay.turns`."""
@@ -134,8 +141,13 @@ class ReplayOptions:
             raise ValueError(f"max in flight: expected requests >= 1, got {self.max_in_flight}")
         if not 0 < self.timeout_s < 1e9:
             raise ValueError(f"timeout: expected seconds > 0, got {self.timeout_s:g}")
-        if self.max_error_rate is not None and not 0 <= self.max_error_rate <= 1:
-            raise ValueError(f"max error rate: expected 0 to 1, got {self.max_error_rate:g}")
+        if self.min_goodput is not None and self.slo is None:
+            raise ValueError("min goodput: expected with an slo, got no slo")
+        if self.slo is not None and not self.stream and self.slo.bounds().keys() - {"e2e"}:
+            raise ValueError(
+                "slo: expected only e2e where answers are not streamed, got a bound on first or next tokens"
+            )
+        self.limits()
         if self.sessions not in get_args(Sessions):
             raise ValueError(f"sessions: expected one of {', '.join(get_args(Sessions))}, got {self.sessions!r}")
         if self.late not in get_args(Late):
@@ -167,9 +179,9 @@ class ReplayOptions:
         """The models that will be asked for, as far as that is known beforehand."""
         return (self.model,) if self.model else tuple(dict.fromkeys(self.source.model_map.values()))
 
-    def is_over_error_rate(self, summary: Summary) -> bool:
-        """More requests failed than `max_error_rate` allows."""
-        return self.max_error_rate is not None and (summary.error_rate or 0.0) > self.max_error_rate
+    def limits(self) -> Limits:
+        """The verdict's part."""
+        return Limits(self.max_lag_s, max_error_rate=self.max_error_rate, min_goodput=self.min_goodput)
 
 
 def plan_file(trace: Path | None, options: ReplayOptions) -> Iterator[Planned]:

@@ -29,18 +29,21 @@ from replay.ahead import Ahead
 from replay.bodies import header_lines
 from replay.client import ReplayError as ReplayError
 from replay.client import check_target, read_api_key
-from replay.metrics import SenderFacts, Summary, Tally, Workload
+from replay.metrics import Recent, SenderFacts, Summary, Tally, Workload
 from replay.options import ReplayOptions as ReplayOptions
 from replay.options import Shard, check_start_at, rows_of
 from replay.options import plan_file as plan_file
+from replay.page import page
 from replay.processes import ChildSender, RemoteSender, SenderLost
 from replay.prompts import with_block_tokens
-from replay.report import Progress, progress_shown, render
+from replay.report import Progress, progress_shown, render, summary_json
 from replay.rows import source_rate_rps
 from replay.sample import Sample, SamplesFile
 from replay.schedule import Planned
+from replay.scrape import metrics_urls, scraping
 from replay.sender import Counts, Job, Learned, Sender, SenderResult, base_url, fast_loop, open_ahead
 from replay.sender import Stop as Stop
+from replay.verdict import judged
 from wire.http import HttpClient
 
 if TYPE_CHECKING:
@@ -58,8 +61,9 @@ def replay(trace: Path | None, options: ReplayOptions, *, console: Console) -> S
     Raises ReplayError when it cannot start, TraceFormatError or ValueError for what is wrong in the trace's beginning,
     OSError where the trace cannot be read. An error further down ends the run early: `Summary.stopped_by`.
     """
-    if options.json is not None and not options.json.parent.is_dir():
-        raise ReplayError(f"summary file {options.json}: no such directory")
+    for path in (options.json, options.html):
+        if path is not None and not path.parent.is_dir():
+            raise ReplayError(f"{path}: no such directory")
     if options.start_at_s is not None:
         check_start_at(options.start_at_s, time.time())
     is_here = options.ray is None and process_count(options, os.cpu_count() or 1) == 1
@@ -71,12 +75,17 @@ def replay(trace: Path | None, options: ReplayOptions, *, console: Console) -> S
     with asyncio.Runner(loop_factory=fast_loop()) as runner, ExitStack() as undo:
         undo.enter_context(_signals(runner.get_loop(), stop.press))
         show = None if options.quiet else undo.enter_context(progress_shown(console))
+        scraper = undo.enter_context(scraping(metrics_urls(options.target, options.metrics_urls)))
         if is_here:
             summary = runner.run(run(planned, options, stop=stop, on_progress=show))
         else:
             summary = runner.run(_run_elsewhere(trace, options, stop, show))
+        scraper.stop()
+    summary = judged(msgspec.structs.replace(summary, server=scraper.facts(summary.started_at)), options.limits())
     if options.json is not None:
-        _write_whole(options.json, msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+        _write_whole(options.json, summary_json(summary))
+    if options.html is not None:
+        _write_whole(options.html, page(summary))
     if not options.quiet:
         console.print(render(summary))
     return summary
@@ -147,10 +156,11 @@ async def run_senders(
         is_cut = stop.sending.is_set() or options.source.passes is None
         cut_s = start.elapsed_s() if is_cut else math.inf
         results: list[SenderResult] = []
-        lost: dict[str, int] = {}
+        lost_rows = 0
         for sender, job, result in zip(senders, jobs, ended, strict=True):
             if isinstance(result, SenderLost):
-                found, lost[str(result)] = await asyncio.to_thread(_found_of, sender.name, job, cut_s)
+                found, lost = await asyncio.to_thread(_found_of, sender.name, str(result), job, cut_s)
+                lost_rows += lost
                 results.append(found)
             elif isinstance(result, BaseException):
                 raise result
@@ -159,8 +169,8 @@ async def run_senders(
         errors = [result.samples_error for result in results]
         if samples is not None:
             await asyncio.to_thread(_join, [job.options.samples for job in jobs], samples)
-            errors.append(samples.error)
-    return _summary(options, start, results, stop, next(filter(None, errors), None), lost)
+            errors.append(samples.close())
+    return _summary(options, start, results, stop, next(filter(None, errors), None), lost_rows)
 
 
 async def _run_elsewhere(
@@ -291,7 +301,20 @@ def _sum_progress(senders: Sequence[RemoteSender], start: _Start, stop: Stop) ->
         sum(each.ok for each in known),
         sum(each.failed for each in known),
         sum(each.in_flight for each in known),
-        is_draining=stop.sending.is_set(),
+        stop.sending.is_set(),
+        _worst_recent([each.recent for each in known if each.recent is not None]),
+    )
+
+
+def _worst_recent(parts: Sequence[Recent]) -> Recent | None:
+    """Of several senders the worst figure each: theirs can not be joined."""
+    if not parts:
+        return None
+    return Recent(
+        *(
+            max((value for value in values if value is not None), default=None)
+            for values in zip(*map(msgspec.structs.astuple, parts), strict=True)
+        )
     )
 
 
@@ -304,12 +327,12 @@ def _read_samples(path: Path) -> Iterator[Sample]:
                 yield decoder.decode(line)
 
 
-def _found_of(name: str, job: Job, cut_s: float) -> tuple[SenderResult, int]:
+def _found_of(name: str, how: str, job: Job, cut_s: float) -> tuple[SenderResult, int]:
     """What is known of a sender that died, and how many of its rows have no sample.
 
-    cut_s: rows that are due later would not have been sent; seconds after the zero.
+    how: it died. cut_s: rows that are due later would not have been sent; seconds after the zero.
     """
-    counts, tally = Counts(), Tally()
+    counts, tally = Counts(), Tally(job.options.slo)
     path = job.options.samples
     for sample in _read_samples(path) if path is not None and path.exists() else ():
         counts.tried += 1
@@ -333,6 +356,7 @@ def _found_of(name: str, job: Job, cut_s: float) -> tuple[SenderResult, int]:
         wake_lag_s=tally.distribution("wake_lag_s"),
         cpu_share=None,
         stall_max_s=None,
+        lost=how,
     )
     words, max_model_len = job.learned
     found = SenderResult(facts, tally, counts, "usage" if words is None else "tokenize", (), max_model_len, None, None)
@@ -354,15 +378,14 @@ def _summary(
     results: Sequence[SenderResult],
     stop: Stop,
     samples_error: str | None,
-    lost: dict[str, int] | None = None,
+    lost_rows: int = 0,
 ) -> Summary:
-    """The figures of all senders. lost: rows without a sample, by the sender that died."""
-    tally, counts = Tally(), Counts()
+    """The figures of all senders, not judged. lost_rows: without a sample, of senders that died."""
+    tally, counts = Tally(options.slo), Counts()
     for result in results:
         tally.merge(result.tally)
         counts.add(result.counts)
     sendable = counts.rows_read - counts.failed_in_source - counts.without_tokens
-    lost_rows = sum((lost or {}).values())
     workload = Workload(
         target=base_url(options),
         model=options.model,
@@ -395,7 +418,6 @@ def _summary(
         late_dropped=counts.late_dropped,
         shard=None if options.shard is None else f"{options.shard.index}/{options.shard.count}",
         lost=lost_rows,
-        lost_senders=tuple(lost or ()),
     )
     return tally.summary(workload, counts.in_flight_max)
 
@@ -408,7 +430,7 @@ def _write_whole(path: Path, data: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise ReplayError(f"summary file {path}: {error.strerror}") from None
+        raise ReplayError(f"{path}: {error.strerror}") from None
 
 
 @contextmanager

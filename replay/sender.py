@@ -132,11 +132,12 @@ class Sender:
         self._ahead = open_ahead(planned, options, api_key)
         self._options = options
         self._run_id = run_id
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._api_key = api_key
         self._stop = stop
         self._learned = learned
         self._samples: SamplesFile | None = None
-        self._tally = Tally()
+        self._tally = Tally(options.slo)
         self._counts = Counts()
         self._alarm: Alarm
         self._turns: Turns | None = None
@@ -186,7 +187,8 @@ class Sender:
         ended, ok = self._tally.ended + self._tally.warmup, self._tally.ok + self._tally.warmup
         elapsed_s = (time.monotonic_ns() - self._zero_ns) / 1e9 if self._is_started else None
         is_draining = self._stop.sending.is_set()
-        return Progress(elapsed_s, self._counts.tried, ok, ended - ok, self._in_flight, is_draining=is_draining)
+        recent = None if elapsed_s is None else self._tally.recent(elapsed_s)
+        return Progress(elapsed_s, self._counts.tried, ok, ended - ok, self._in_flight, is_draining, recent)
 
     async def _obey_stop(self, sending: asyncio.Task[None]) -> None:
         await self._stop.sending.wait()
@@ -267,7 +269,7 @@ class Sender:
 
     async def _begin(self, requests: asyncio.TaskGroup, prepared: Prepared, ready_ns: int) -> None:
         """Start a request whose moment has come, or drop it."""
-        held_ns: int | None = None
+        held_ns = 0
         if self._slots is not None:
             asked_ns = time.monotonic_ns()
             await self._slots.acquire()
@@ -284,7 +286,7 @@ class Sender:
         requests.create_task(self._request(prepared, ready_ns, held_ns))
         await asyncio.sleep(0)  # the request's own first step: in a burst each is sent before the next is begun
 
-    async def _request(self, prepared: Prepared, ready_ns: int, held_ns: int | None) -> None:
+    async def _request(self, prepared: Prepared, ready_ns: int, held_ns: int) -> None:
         began_ns = time.monotonic_ns()
         row, options = prepared.row, self._options
         prepared.is_sent = True
@@ -309,7 +311,7 @@ class Sender:
         self._answered(prepared, reply)
         self._end(prepared, reply.end_ns)
         turn_ns = None if self._turns is None else ready_ns
-        sample = measure(row, reply, self._zero_ns, ready_ns=turn_ns, held_back_ns=held_ns)
+        sample = measure(row, reply, self._zero_ns, ready_ns=turn_ns, held_back_ns=held_ns, sender=self._name)
         if row.is_warmup:
             self._tally.warmup += 1
         else:
@@ -338,10 +340,9 @@ class Sender:
         counts.rows_read, counts.failed_in_source = ahead.rows_read, ahead.failed_in_source
         counts.without_tokens = ahead.without_tokens
         counts.gaps_estimated = 0 if self._turns is None else self._turns.estimated
-        host = socket.gethostname()
         facts = SenderFacts(
-            name=f"{host}:{os.getpid()}",
-            host=host,
+            name=self._name,
+            host=self._name.rpartition(":")[0],
             sent=counts.tried,
             dispatch_lag_s=self._tally.distribution("dispatch_lag_s"),
             wake_lag_s=self._tally.distribution("wake_lag_s"),
@@ -356,7 +357,7 @@ class Sender:
             ahead.notes,
             ahead.max_model_len,
             None if ahead.error is None else str(ahead.error),
-            None if self._samples is None else self._samples.error,
+            None if self._samples is None else self._samples.close(),
         )
 
 

@@ -132,6 +132,21 @@ datasets = sa.Table(
     comment="traces that came from files",
 )
 
+runs = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("run_id", sa.Text(), primary_key=True, comment="the replay; run_id of its rows in requests"),
+    sa.Column("started_at", sa.Double(), nullable=False, comment="schedule zero, epoch seconds"),
+    sa.Column("target", sa.Text(), nullable=False, comment="base URL that it was sent to"),
+    sa.Column("model", sa.Text(), nullable=False, comment="the model that it asked for"),
+    sa.Column("sent", sa.BigInteger(), nullable=False, comment="requests tried and measured"),
+    sa.Column("ok", sa.BigInteger(), nullable=False, comment="those that ended well"),
+    sa.Column("verdict", sa.Text(), nullable=False, comment="good, missed or invalid"),
+    sa.Column("options", sa.JSON(), nullable=False, comment="what was asked for"),
+    sa.Column("summary", sa.JSON(), nullable=False, comment="what came out"),
+    comment="replays that were stored",
+)
+
 
 def utc_day(epoch_s: float) -> int:
     """The UTC day of a stamp, counted from 1970-01-01."""

@@ -135,6 +135,15 @@ _SERVE = ("serve", "--upstream", DOWN, "--port", "0", "--control-port", "0")
         ([*_REPLAY, "none.csv"], 1, "none.csv: No such file or directory"),
         ([*_REPLAY, "header.csv"], 1, "header.csv:1: expected"),
         ([*_REPLAY, "good.csv"], 1, f"cannot reach the target: {DOWN}"),
+        ([*_REPLAY, "good.csv", "--slo", "ttft"], 2, "slo: ttft: expected seconds > 0, got ''"),
+        ([*_REPLAY, "good.csv", "--slo", "ttft=1", "--no-stream"], 2, "slo: expected only e2e where answers are not"),
+        ([*_REPLAY, "good.csv", "--min-goodput", "0.9"], 2, "min goodput: expected with an slo"),
+        ([*_REPLAY, "good.csv", "--max-lag", "0"], 2, "max lag: expected seconds > 0, got 0"),
+        ([*_REPLAY, "good.csv", "--html", "nowhere/x"], 1, "nowhere/x: no such directory"),
+        (["report", "none.jsonl"], 1, "none.jsonl: No such file or directory"),
+        (["report", "good.csv"], 1, "good.csv:1: expected a sample: "),
+        (["report", "empty.csv", "--summary", "good.csv"], 1, "good.csv: expected a summary, as replay --json writes"),
+        (["report", "empty.csv", "--slo", "x=1"], 2, "slo: expected ttft=, tpot=, itl= or e2e= with seconds"),
         ([*_REPLAY, "good.csv", "--speed", "0"], 2, "speed: expected"),
         ([*_REPLAY, "good.csv", "--ties", "x"], 2, "ties: expected spread or keep, got 'x'"),
         ([*_REPLAY, "good.csv", "--rate-scale", "0"], 2, "rate scale: expected above 0 to 1000, got 0"),
@@ -412,10 +421,23 @@ def test_simulate_and_replay(run: Run, tmp_path: Path) -> None:
     (tmp_path / "minus.csv").write_text(GOOD + "7,ChatGPT,10,-3,7,API log\n")
     with _serving("simulate", "--port", "0", "--fast", ready=r"\b(http://\S+)$") as simulator:
         url = simulator.wait_for(r"\b(http://\S+)$", 1.0)[1]
-        arguments = ("replay", "--target", url, "--model", "simulated", "--speed", "100", "--quiet")
+        arguments = ("replay", "--target", url, "--model", "simulated", "--speed", "100", "--quiet",
+                     "--max-lag", "5")  # what else this machine does is no matter here  # fmt: skip
         assert run(*arguments, "good.csv", "--json", "s.json", "--samples", "s.jsonl")[0] == 0
         assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 2
-        replay = ("replay", "--target", url, "--model", "simulated", "--quiet", "good.csv", "--json", "s.json")
+        replay = (
+            "replay",
+            "--target",
+            url,
+            "--model",
+            "simulated",
+            "--quiet",
+            "good.csv",
+            "--json",
+            "s.json",
+            "--max-lag",
+            "5",
+        )
         assert run(*replay, "--loop", "3", "--process", "gamma", "--rate", "50", "--shape", "0.5")[0] == 0
         summary = json.loads((tmp_path / "s.json").read_text())
         assert (summary["process"], summary["sent"], summary["ok"]) == ("gamma", 6, 6)
@@ -447,6 +469,54 @@ def test_simulate_and_replay(run: Run, tmp_path: Path) -> None:
         assert "minus.csv:4: column 'Response tokens': expected an integer >= 0, got '-3'" in " ".join(
             (out + err).split()
         )
+
+
+def test_a_replay_is_judged_reported_and_kept(run: Run, tmp_path: Path) -> None:
+    """Verdict and exit status, the page, the report made again from the samples, the run and its rows kept."""
+    (tmp_path / "good.csv").write_text(GOOD)
+    with _serving("simulate", "--port", "0", "--fast", ready=r"\b(http://\S+)$") as simulator:
+        url = simulator.wait_for(r"\b(http://\S+)$", 1.0)[1]
+        replay = ("replay", "good.csv", "--target", url, "--model", "simulated", "--speed", "50")
+        files = ("--samples", "s.parquet", "--json", "s.json", "--html", "s.html")
+        kept = ("--max-lag", "5", "--store", "--run-id", "r1", "--data-dir", "d")
+        status, out, err = run(*replay, "--slo", "ttft=5,e2e=9", *files, *kept)
+        assert (status, err) == (0, "burstgate: stored as run r1, with 2 requests\n")
+        assert out.splitlines()[-1] == "verdict   GOOD: nothing that was asked for was missed"
+        assert "goodput   100 % of all requests" in out
+        assert b"GOOD: nothing" in (tmp_path / "s.html").read_bytes()
+        summary = json.loads((tmp_path / "s.json").read_text())
+        assert (summary["verdict"], summary["goodput"]["good"], summary["server"]["scrapes"] > 0) == ("good", 2, True)
+
+        status, out, err = run(*replay, *kept)
+        assert (status, err.count("\n")) == (1, 1)
+        assert "run id 'r1': expected a new one" in err
+        status, _, err = run(*replay, "--quiet", "--max-lag", "1e-9", "--slo", "ttft=1e-6")
+        assert status == 3
+        assert err.startswith("burstgate: invalid: this machine could not keep the schedule")
+        assert "burstgate: invalid: 0.00 % of the requests kept ttft <= 1e-06 s" in err
+        plain = ("--max-lag", "5", "--quiet", "--store", "--no-store-requests", "--run-id", "r2", "--data-dir", "d")
+        status, _, err = run(*replay, *plain)
+        assert (status, err) == (0, "burstgate: stored as run r2, its requests are the gateway's to record\n")
+
+    status, out, _ = run("report", "s.parquet", "--summary", "s.json", "--json", "--html", "a.html", "--max-lag", "5")
+    again = json.loads(out)
+    assert (status, again["ttft_s"], again["run_id"]) == (0, summary["ttft_s"], "r1")
+    assert again["over_time"] == summary["over_time"]
+    assert (tmp_path / "a.html").stat().st_size > 1_000_000
+    status, out, _ = run("report", "s.parquet", "--slo", "ttft=1e-6", "--max-lag", "5")
+    assert (status, out.splitlines()[0]) == (1, "run (unnamed), from its samples")
+
+    status, out, _ = run("runs", "--data-dir", "d", "--json")
+    runs = json.loads(out)
+    assert (status, [each["run_id"] for each in runs]) == (0, ["r2", "r1"])
+    assert runs[1]["summary"] == summary
+    assert runs[1]["options"]["speed"] == 50.0
+    status, out, _ = run("runs", "--data-dir", "d")
+    assert out.split()[-3:] == ["2", "2", "good"]
+    status, out, _ = run("stats", "--data-dir", "d", "--run-id", "r1", "--json")
+    assert json.loads(out)["requests"] == 2
+    status, _, err = run("runs", "--run-id", "nope", "--data-dir", "d")
+    assert (status, err.count("\n")) == (1, 1)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from replay.metrics import Summary
 from replay.options import ReplayOptions, Shard, plan_file
 from replay.runner import process_count, replay
 from replay.source import SourceOptions
+from replay.verdict import exit_status
 from tests.replay.test_runner import (
     CHAT,
     END,
@@ -183,7 +184,7 @@ def test_a_killed_sender_is_lost_and_the_others_go_on(trace: Path, tmp_path: Pat
         options = ReplayOptions(script.url, "m", speed=4.0, processes=2, samples=tmp_path / "s", json=tmp_path / "j")
         summary = replay(trace, options, console=Console(file=output, width=200))
         killer.join()
-    (lost,) = summary.lost_senders
+    (lost,) = [sender.lost for sender in summary.senders if sender.lost is not None]
     assert "was killed by signal 9" in lost
     assert (summary.rows_read, summary.failed_in_source, summary.is_interrupted) == (240, 1, False)
     assert summary.lost > 60
@@ -191,7 +192,8 @@ def test_a_killed_sender_is_lost_and_the_others_go_on(trace: Path, tmp_path: Pat
     assert summary.unsent == 0
     assert len(samples_of(tmp_path / "s")) == summary.sent
     assert msgspec.json.decode((tmp_path / "j").read_bytes(), type=Summary) == summary
-    assert f"{summary.lost:,} rows have no sample, so the run is not good" in output.getvalue()
+    assert f"{summary.lost:,} rows of lost senders have no sample" in " ".join(output.getvalue().split())
+    assert (summary.verdict, exit_status(summary)) == ("invalid", 3)
     assert not list(filter(is_sender, children()))
 
 

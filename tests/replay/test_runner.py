@@ -31,6 +31,7 @@ from replay.schedule import Planned
 from replay.simulator.config import SimulatorConfig
 from replay.simulator.server import running
 from replay.source import SourceOptions
+from replay.verdict import judged
 from traces.record import Outcome
 from wire.accounting import Accounted
 from wire.http import HttpClient
@@ -675,8 +676,8 @@ def test_a_file_to_a_report(simulator: str, tmp_path: Path) -> None:
     summary = replay(trace, options, console=console)
     assert (summary.rows_read, summary.failed_in_source, summary.ok) == (3, 1, 2)
     assert msgspec.json.decode((tmp_path / "out.json").read_bytes(), type=Summary) == summary
-    assert not options.is_over_error_rate(summary)
-    assert options.is_over_error_rate(msgspec.structs.replace(summary, error_rate=0.1))
+    failed = judged(msgspec.structs.replace(summary, error_rate=0.1), options.limits())
+    assert (summary.error_rate, failed.verdict) == (0.0, "missed" if summary.verdict == "good" else "invalid")
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "3 read, 1 failed in the trace and were not sent" in shown
     assert "100 % exact" in shown
