@@ -390,7 +390,7 @@ def _summary(
         target=base_url(options),
         model=options.model,
         endpoint=options.endpoint,
-        stream=options.stream,
+        stream=options.stream and options.endpoint != "embeddings",
         run_id=start.run_id,
         speed=options.speed,
         warmup_s=options.warmup_s,

@@ -4,7 +4,7 @@
               its own lag (wake lag, p99) or the longest stop of its event loop over the limits, a sender that used a
               whole core and was late, a sender that was lost, or --max-in-flight holding the rate down
     missed    a threshold that was asked for: failures, goodput; or the run was not what was asked for: a trace
-              that broke off, a samples file that is not whole, nothing sent at all
+              that broke off, a samples file that is not whole, nothing sent at all, or nothing that succeeded
     good      neither
 
 Invalid wins over missed. Exit statuses follow: 0 good, 1 missed, 3 invalid (2 is wrong usage, 130 an interrupted run).
@@ -103,6 +103,8 @@ def _missed(summary: Summary, limits: Limits) -> list[str]:
     found = []
     if not summary.sent and not summary.is_interrupted:
         found.append("no request was sent and measured")
+    if summary.sent and not summary.ok:
+        found.append(f"none of the {summary.sent:,} requests succeeded")
     if summary.stopped_by is not None:
         found.append(f"the trace could not be read to its end: {summary.stopped_by}")
     if summary.samples_error is not None:

@@ -54,6 +54,7 @@ def goodput(share: float | None) -> Goodput:
         ({"max_in_flight": 5, "in_flight_max": 5, "sent_rps": 9.5}, {}, "good", []),
         ({"max_in_flight": 9, "in_flight_max": 5, "sent_rps": 1.0}, {}, "good", []),
         ({"error_rate": 0.5}, {}, "good", []),  # nobody asked
+        ({"error_rate": 1.0, "ok": 0}, {}, "missed", ["none of the 100 requests succeeded"]),
         ({"error_rate": 0.1}, {"max_error_rate": 0.1}, "good", []),
         ({"error_rate": 0.101}, {"max_error_rate": 0.1}, "missed", ["10.10 % of the requests failed, at most 10"]),
         ({"error_rate": 1e-6}, {"max_error_rate": 0.0}, "missed", ["0.01 % of the requests failed"]),
