@@ -138,69 +138,88 @@ def outcome_of(
     return Outcome.OK, None, None
 
 
-async def send(
-    http: HttpClient,
-    endpoint: Endpoint,
-    headers: Headers,
-    body: bytes,
-    limit: asyncio.Timeout,
-    began_ns: int,
-    *,
-    keep_text: bool = False,
-) -> Reply:
-    """Send one request and read its answer to the end. Failures come back as the reply's outcome.
+class Request:
+    """One request to the target: `start` sends it at once if that can be, `finish` sees it to its end."""
 
-    limit: entered here; when it fires the outcome is `upstream_timeout`. keep_text: collect `Reply.text`.
-    """
-    reader: _Reader | None = None
-    failure_class: FailureClass | None
-    try:
-        async with limit:
-            exchange = await http.request(
-                b"POST", TARGETS[endpoint], [*headers, (b"content-length", b"%d" % len(body))], body
+    __slots__ = ("_body", "_endpoint", "_http", "_keep_text", "_lines", "_reader", "began_ns")
+
+    def __init__(
+        self, http: HttpClient, endpoint: Endpoint, lines: bytes, body: bytes, *, keep_text: bool = False
+    ) -> None:
+        """lines: of the headers but for Content-Length, by `wire.http1.encode_lines`. keep_text: for `Reply.text`."""
+        self._http = http
+        self._endpoint: Endpoint = endpoint
+        self._lines = b"%bcontent-length: %d\r\n" % (lines, len(body))
+        self._body = body
+        self._keep_text = keep_text
+        self._reader: _Reader | None = None
+        self.began_ns = time.monotonic_ns()
+
+    def start(self) -> bool:
+        """Send on an idle connection; False where there is none, and `finish` makes one."""
+        exchange = self._http.start(b"POST", TARGETS[self._endpoint], self._lines, self._body)
+        if exchange is None:
+            return False
+        self._reader = _Reader(exchange, FAMILIES[self._endpoint], keep_text=self._keep_text)
+        return True
+
+    async def finish(self, limit: asyncio.Timeout) -> Reply:
+        """The answer, read to its end; failures come back as the reply's outcome.
+
+        limit: entered here; when it fires the outcome is `upstream_timeout`.
+        """
+        failure_class: FailureClass | None
+        try:
+            async with limit:
+                if self._reader is None:
+                    exchange = await self._http.request(b"POST", TARGETS[self._endpoint], self._lines, self._body)
+                    self._reader = _Reader(exchange, FAMILIES[self._endpoint], keep_text=self._keep_text)
+                await self._reader.end
+            account = self._reader.account
+            outcome, failure_class, error = outcome_of(
+                self._reader.exchange.status,
+                account.result(),
+                is_stream=isinstance(account, StreamAccount),
+                is_terminal=account.terminal,
             )
-            reader = _Reader(exchange, FAMILIES[endpoint], keep_text=keep_text)
-            await reader.end
-        outcome, failure_class, error = outcome_of(
-            exchange.status,
-            reader.account.result(),
-            is_stream=isinstance(reader.account, StreamAccount),
-            is_terminal=reader.account.terminal,
+        except ConnectTimedOut as failure:
+            outcome, failure_class, error = Outcome.CONNECT_ERROR, "connect_timeout", str(failure)
+        except ConnectFailed as failure:
+            outcome, failure_class, error = Outcome.CONNECT_ERROR, "connect", str(failure)
+        except TimeoutError:
+            failure_class = "connect_timeout" if self._reader is None else self._reader.timeout_class
+            outcome, error = Outcome.UPSTREAM_TIMEOUT, "the answer was not whole in time"
+        except (ConnectionLost, BadResponse) as failure:
+            has_begun = self._reader is not None and self._reader.exchange.has_head
+            outcome, error = Outcome.TRUNCATED if has_begun else Outcome.UPSTREAM_ERROR, str(failure)
+            is_http = isinstance(failure, ConnectionLost)
+            failure_class = "mid_stream" if has_begun else "no_answer" if is_http else "bad_answer"
+        except OSError as failure:
+            outcome, failure_class, error = Outcome.CONNECT_ERROR, "connect", failure.strerror or type(failure).__name__
+        finally:
+            if self._reader is not None:
+                self._reader.exchange.abort()
+        return self._reply(outcome, failure_class, error)
+
+    def _reply(self, outcome: Outcome, failure_class: FailureClass | None, error: str | None) -> Reply:
+        reader = self._reader
+        if reader is None:
+            return Reply(outcome, self.began_ns, time.monotonic_ns(), error=error, failure_class=failure_class)
+        exchange, accounted = reader.exchange, reader.account.result()
+        return Reply(
+            outcome=outcome,
+            began_ns=self.began_ns,
+            end_ns=exchange.received_ns if exchange.is_complete else time.monotonic_ns(),
+            sent_ns=exchange.sent_ns,
+            first_chunk_ns=accounted.first_chunk_ns,
+            last_chunk_ns=accounted.last_chunk_ns,
+            usage=accounted.usage,
+            status=exchange.status if exchange.has_head else None,
+            error=error,
+            gaps_ns=reader.gaps_ns,
+            failure_class=failure_class,
+            text=None if accounted.answer is None else accounted.answer.decode(errors="replace"),
         )
-    except ConnectTimedOut as failure:
-        outcome, failure_class, error = Outcome.CONNECT_ERROR, "connect_timeout", str(failure)
-    except ConnectFailed as failure:
-        outcome, failure_class, error = Outcome.CONNECT_ERROR, "connect", str(failure)
-    except TimeoutError:
-        failure_class = "connect_timeout" if reader is None else reader.timeout_class
-        outcome, error = Outcome.UPSTREAM_TIMEOUT, "the answer was not whole in time"
-    except (ConnectionLost, BadResponse) as failure:
-        has_begun = reader is not None and reader.exchange.has_head
-        outcome, error = Outcome.TRUNCATED if has_begun else Outcome.UPSTREAM_ERROR, str(failure)
-        is_http = isinstance(failure, ConnectionLost)
-        failure_class = "mid_stream" if has_begun else "no_answer" if is_http else "bad_answer"
-    except OSError as failure:
-        outcome, failure_class, error = Outcome.CONNECT_ERROR, "connect", failure.strerror or type(failure).__name__
-    finally:
-        if reader is not None:
-            reader.exchange.abort()
-    if reader is None:
-        return Reply(outcome, began_ns, time.monotonic_ns(), error=error, failure_class=failure_class)
-    exchange, accounted = reader.exchange, reader.account.result()
-    return Reply(
-        outcome=outcome,
-        began_ns=began_ns,
-        end_ns=exchange.received_ns if exchange.is_complete else time.monotonic_ns(),
-        sent_ns=exchange.sent_ns,
-        first_chunk_ns=accounted.first_chunk_ns,
-        last_chunk_ns=accounted.last_chunk_ns,
-        usage=accounted.usage,
-        status=exchange.status if exchange.has_head else None,
-        error=error,
-        gaps_ns=reader.gaps_ns,
-        failure_class=failure_class,
-        text=None if accounted.answer is None else accounted.answer.decode(errors="replace"),
-    )
 
 
 class _Reader:

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from replay.ahead import COUNTERS, Ahead, Prepared
-from replay.client import Reply, request_headers, send
+from replay.client import Reply, Request, request_headers
 from replay.metrics import SenderFacts, Tally
 from replay.options import ReplayOptions, Shard
 from replay.prompts import WordModel
@@ -39,9 +39,16 @@ from replay.schedule import Planned
 from replay.timer import Alarm
 from replay.turns import Turns
 from traces.record import Outcome
-from wire.http import HttpClient
+from wire.http import ConnectFailed, ConnectionLost, HttpClient
+from wire.http1 import encode_lines
 
 DRAIN_S = 10.0
+WARM_CONNECTIONS = 32
+"""Opened before the zero: what a burst's first requests would else wait for."""
+MAX_BURST = 16
+"""Requests that are sent before answers are looked at again: about a millisecond."""
+GC_THRESHOLD = (50_000, 20, 50)
+"""Samples leave no cycles; Python's default would look for some every few milliseconds."""
 HEARTBEAT_S = 0.010
 """A hundred wake-ups a second cost a core less than 0.1 %."""
 SWITCH_INTERVAL_S = 0.0005
@@ -153,6 +160,8 @@ class Sender:
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._in_flight = 0
+        self._started_in_turn = 0
+        """Since the loop turned."""
         self._stall_max_s: float | None = None
         self._cpu_share: float | None = None
 
@@ -172,6 +181,8 @@ class Sender:
             undo.callback(sys.setswitchinterval, interval_s)
             sys.setswitchinterval(SWITCH_INTERVAL_S)
             undo.callback(gc.unfreeze)
+            undo.callback(gc.set_threshold, *gc.get_threshold())
+            gc.set_threshold(*GC_THRESHOLD)
             async with asyncio.TaskGroup() as group:
                 sending = group.create_task(self._prepare_and_send(group, zero))
                 obeying = group.create_task(self._obey_stop(sending))
@@ -212,6 +223,8 @@ class Sender:
                 helpers += [group.create_task(self._ahead.count()) for _ in range(COUNTERS)]
             await self._ahead.first_prompts()
             if self._ahead.error is None:
+                with suppress(ConnectFailed, ConnectionLost):  # which the requests will tell
+                    await self._http.warm(min(WARM_CONNECTIONS, self._options.max_in_flight or WARM_CONNECTIONS))
                 gc.collect()
                 gc.freeze()  # what exists now stays: a collection during the run need not walk it
                 self._zero_ns = await zero()
@@ -239,8 +252,9 @@ class Sender:
     async def _send_in_order(self, requests: asyncio.TaskGroup) -> None:
         while (prepared := await self._ahead.next()) is not None:
             due_ns = self._zero_ns + round(prepared.row.due_s * 1e9)
+            lines = self._lines(prepared)  # before its moment
             await self._alarm.until(due_ns)
-            await self._begin(requests, prepared, due_ns)
+            await self._begin(requests, prepared, due_ns, lines)
 
     async def _send_turns(self, requests: asyncio.TaskGroup, turns: Turns) -> None:
         async with asyncio.TaskGroup() as group:
@@ -252,7 +266,7 @@ class Sender:
                     continue
                 turn = turns.pop()
                 self._room.set()
-                await self._begin(requests, turn.prepared, turn.ready_ns)
+                await self._begin(requests, turn.prepared, turn.ready_ns, self._lines(turn.prepared))
 
     async def _read_turns(self, turns: Turns) -> None:
         while (prepared := await self._ahead.next()) is not None:
@@ -267,7 +281,10 @@ class Sender:
         turns.close()
         self._alarm.ring()
 
-    async def _begin(self, requests: asyncio.TaskGroup, prepared: Prepared, ready_ns: int) -> None:
+    def _lines(self, prepared: Prepared) -> bytes:
+        return encode_lines(request_headers(prepared.row, self._run_id, self._api_key, self._ahead.extra_headers))
+
+    async def _begin(self, requests: asyncio.TaskGroup, prepared: Prepared, ready_ns: int, lines: bytes) -> None:
         """Start a request whose moment has come, or drop it."""
         held_ns = 0
         if self._slots is not None:
@@ -279,27 +296,29 @@ class Sender:
             self._counts.late_dropped += 1
             self._end(prepared, now_ns)
             return
+        request = Request(self._http, options.endpoint, lines, prepared.body, keep_text=self._ahead.wants_text)
+        is_started = request.start()
+        prepared.is_sent = True
         self._counts.tried += 1
         self._in_flight += 1
         self._counts.in_flight_max = max(self._counts.in_flight_max, self._in_flight)
         self._is_idle.clear()
-        requests.create_task(self._request(prepared, ready_ns, held_ns))
-        await asyncio.sleep(0)  # the request's own first step: in a burst each is sent before the next is begun
+        requests.create_task(self._request(prepared, request, ready_ns, held_ns))
+        # What was started needs no turn of the loop: a burst goes out in one piece, and answers wait for its end.
+        self._started_in_turn = self._started_in_turn + 1 if is_started else 0
+        if not is_started or self._started_in_turn >= MAX_BURST:
+            self._started_in_turn = 0
+            await asyncio.sleep(0)
 
-    async def _request(self, prepared: Prepared, ready_ns: int, held_ns: int) -> None:
-        began_ns = time.monotonic_ns()
+    async def _request(self, prepared: Prepared, request: Request, ready_ns: int, held_ns: int) -> None:
         row, options = prepared.row, self._options
-        prepared.is_sent = True
         self._counts.prompts_counted += prepared.is_counted
         if self._ahead.max_model_len is not None:
             asked_tokens = (row.request_tokens or 0) + (row.response_tokens or 0)
             self._counts.over_max_model_len += asked_tokens > self._ahead.max_model_len
         limit = asyncio.timeout(options.timeout_s)
         self._limits.add(limit)
-        headers = request_headers(row, self._run_id, self._api_key, self._ahead.extra_headers)
-        reply = await send(
-            self._http, options.endpoint, headers, prepared.body, limit, began_ns, keep_text=self._ahead.wants_text
-        )
+        reply = await request.finish(limit)
         self._limits.discard(limit)
         if self._is_cut and reply.outcome is Outcome.UPSTREAM_TIMEOUT:
             reply = dataclasses.replace(

@@ -567,6 +567,12 @@ class HttpClient:
             raise
         return connection
 
+    async def warm(self, connections: int) -> None:
+        """Open that many connections ahead, for requests that are not to wait for one. Raises ConnectFailed."""
+        for opened in await asyncio.gather(*[self._connect() for _ in range(connections)]):
+            opened.idle_since_ns = monotonic_ns()
+            self._put(opened)
+
     def _put(self, connection: _Connection) -> None:
         self._idle.append(connection)
         if self._sweep is None:

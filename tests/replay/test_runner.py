@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from replay.arrivals import ArrivalOptions
-from replay.client import MAX_ANSWER_BYTES, Reply, header_value, outcome_of, send
+from replay.client import MAX_ANSWER_BYTES, Reply, Request, header_value, outcome_of
 from replay.metrics import Summary
 from replay.prompts import PromptOptions
 from replay.report import render
@@ -355,7 +355,7 @@ def test_an_answers_text_is_kept_when_asked(answer: Answer, text: str | None) ->
     async def body(*, keep_text: bool) -> Reply:
         async with scripted({CHAT: answer}) as script:
             http = HttpClient(script.url)
-            reply = await send(http, "chat", [], b"{}", asyncio.timeout(5), 0, keep_text=keep_text)
+            reply = await Request(http, "chat", b"", b"{}", keep_text=keep_text).finish(asyncio.timeout(5))
             http.close()
             return reply
 
