@@ -435,7 +435,7 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _signals(loop: asyncio.AbstractEventLoop, pressed: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call `pressed`, where the main thread runs the loop; afterwards they do what they did before."""
+    """Ctrl-C and SIGTERM call `pressed`, where the main thread runs the loop; afterwards what they did before."""
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:

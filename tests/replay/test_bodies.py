@@ -61,7 +61,12 @@ def test_earlier_turns() -> None:
 @given(st.text(), st.text(max_size=20), st.integers(0, 10**9))
 def test_any_text_comes_through(text: str, model: str, tokens: int) -> None:
     body = json.loads(BodyWriter("completions", model, stream=True).body(Prompt(text), tokens))
-    assert (body["prompt"], body.get("model", ""), body["max_tokens"], body["min_tokens"]) == (text, model, tokens, tokens)
+    assert (body["prompt"], body.get("model", ""), body["max_tokens"], body["min_tokens"]) == (
+        text,
+        model,
+        tokens,
+        tokens,
+    )
 
 
 def test_fields_from_a_file(tmp_path: Path) -> None:
