@@ -26,7 +26,7 @@ CHARTS: Final = (
     ("preemptions", "Preemptions", "a cell", False),
     ("kv_usage_mean", "KV cache in use, mean", "share", False),
     ("achieved_rps", "Achieved rate", "ok requests/s", False),
-    ("goodput_share", "Goodput", "share of requests within the SLO", False),
+    ("goodput_share", "Goodput", "share of requests", False),
 )
 """Figure, title, unit, and whether its axis is logarithmic."""
 
