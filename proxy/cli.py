@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import zoneinfo
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
@@ -998,12 +998,20 @@ def sweep(
     response_tokens: Annotated[
         int | None, typer.Option(help="Of every answer.  [default: the trace's, the profile's, or 128]")
     ] = None,
-    slo: Annotated[str | None, typer.Option(help="Bounds in seconds, as ttft=0.5,tpot=0.05,e2e=10.")] = None,
+    slo: Annotated[
+        str | None, typer.Option(help="Bounds in seconds, as ttft=0.5,tpot=0.05,e2e=10; itl of a live target only.")
+    ] = None,
+    max_lag: Annotated[
+        float, typer.Option(help="A live cell is invalid where the replay's own lag (p99) is more seconds.")
+    ] = MAX_LAG_S,
     all: Annotated[bool, typer.Option("--all", help="Measure every rate, past the knee too.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Seconds after which a client leaves.")] = None,
     cool_down: Annotated[float, typer.Option(help="Seconds of rest before each cell of a live target.")] = 0.0,
     idle_timeout: Annotated[float, typer.Option(help="Most seconds to wait for a live target to be idle.")] = 120.0,
-    metrics_url: Annotated[str | None, typer.Option(help="vLLM's metrics.  [default: the target's /metrics]")] = None,
+    metrics_url: Annotated[
+        list[str] | None,
+        typer.Option(help="Metrics of a vLLM behind the target; repeatable.  [default: TARGET/metrics]"),
+    ] = None,
     endpoint: Annotated[str, typer.Option(help="chat or completions.")] = "chat",
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the API key.")] = None,
     format: Format = None,
@@ -1013,7 +1021,8 @@ def sweep(
     quiet: Annotated[bool, typer.Option(help="No line a cell.")] = False,
 ) -> None:
     """Find what bursts cost: the same mean rate as Poisson, Gamma and a trace's arrivals, rate by rate to the knee."""
-    from replay.sweep import SweepOptions, Workload, as_csv, ladder, numbers, parse_slo, progress_text
+    from replay.metrics import parse_slo
+    from replay.sweep import SweepOptions, Workload, as_csv, ladder, numbers, progress_text
     from replay.sweep import sweep as measured
     from replay.sweep_report import page, render
 
@@ -1033,9 +1042,11 @@ def sweep(
         if timeout is not None and not 0 < timeout < 1e9:
             raise ValueError(f"timeout: expected seconds > 0, got {timeout:g}")
         run_cell, name = _sweep_target(
-            context.args, target, model, simulate, fit, timeout, cool_down, idle_timeout, metrics_url, endpoint,
-            api_key_env,
+            context.args, target, model, simulate, fit, timeout, cool_down, idle_timeout, metrics_url or (), endpoint,
+            api_key_env, max_lag,
         )  # fmt: skip
+        if target is None and options.slo is not None and options.slo.itl_s is not None:
+            raise ValueError("slo: itl: expected with --target only; the simulator keeps no gaps between chunks")
     except ValueError as error:
         raise ConfigError(str(error)) from None
     rows, lengths = _sweep_rows(trace, format, profile, request_tokens, response_tokens, seed)
@@ -1052,9 +1063,11 @@ def sweep(
             stream.write(as_csv(found.cells).encode())
     if html is not None:
         with _whole(html) as stream:
-            stream.write(page(found).encode())
-    if found.is_interrupted:
-        raise typer.Exit(130)
+            stream.write(page(found))
+    if found.stopped_by is not None:
+        raise _fail(found.stopped_by)
+    if found.is_interrupted or not found.is_valid:
+        raise typer.Exit(130 if found.is_interrupted else 3)
 
 
 def _sweep_target(
@@ -1066,9 +1079,10 @@ def _sweep_target(
     timeout_s: float | None,
     cool_down_s: float,
     idle_timeout_s: float,
-    metrics_url: str | None,
+    metrics_url: Sequence[str],
     endpoint: Any,
     api_key_env: str | None,
+    max_lag_s: float,
 ) -> tuple[Any, str]:
     """What runs a sweep's cells, and its name. Raises ValueError naming the option."""
     from replay.cells import live_cells, virtual_cells
@@ -1090,10 +1104,10 @@ def _sweep_target(
 
     assert target is not None
     options = ReplayOptions(
-        target=target, model=model, endpoint=endpoint, api_key_env=api_key_env, timeout_s=timeout_s or 600.0
-    )
-    url = metrics_url or f"{target.rstrip('/').removesuffix('/v1')}/metrics"
-    cells = live_cells(options, metrics_url=url, idle_timeout_s=idle_timeout_s, cool_down_s=cool_down_s)
+        target=target, model=model, endpoint=endpoint, api_key_env=api_key_env, timeout_s=timeout_s or 600.0,
+        metrics_urls=tuple(metrics_url), max_lag_s=max_lag_s,
+    )  # fmt: skip
+    cells = live_cells(options, idle_timeout_s=idle_timeout_s, cool_down_s=cool_down_s)
     return cells, f"{model} at {target}"
 
 

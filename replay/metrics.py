@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -638,7 +638,27 @@ class Tally:
         )
 
 
-def missed_bounds(sample: Sample, slo: Slo) -> list[str]:
+class Latencies(Protocol):
+    """The figures of a request that bounds are for, as a Sample has them."""
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Of the first content."""
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Of the others, on average."""
+
+    @property
+    def itl_max_s(self) -> float | None:
+        """Longest gap."""
+
+    @property
+    def e2e_s(self) -> float | None:
+        """Of the whole answer."""
+
+
+def missed_bounds(sample: Latencies, slo: Slo) -> list[str]:
     """The names of the bounds that an `ok` request missed."""
     missed = []
     if slo.ttft_s is not None and (sample.ttft_s is None or sample.ttft_s > slo.ttft_s):

@@ -1,9 +1,9 @@
 """A run as one HTML page that opens from disk, offline: the verdict first, then the figures, then the run over time.
 
-The page (`page.html`) holds plotly.js from its wheel, the figures as JSON and nothing that is fetched; a
-Content-Security-Policy says so to the browser. Text from outside (names, errors) is escaped, by Jinja in the page and
-as `\\u003c` in the JSON. Every figure is drawn from the summary alone, so the page is the summary's JSON for the eyes.
-What has no data says so in words. Without JavaScript the verdict and the tables remain.
+The page (`page.html` in `frame.html`, which a sweep's page has too) holds plotly.js from its wheel, the figures as JSON
+and nothing that is fetched; a Content-Security-Policy says so to the browser. Text from outside (names, errors) is
+escaped, by Jinja in the page and as `\\u003c` in the JSON. Every figure is drawn from the summary alone, so the page is
+the summary's JSON for the eyes. What has no data says so in words. Without JavaScript verdict and tables remain.
 """
 
 from __future__ import annotations
@@ -17,39 +17,49 @@ import msgspec
 from replay.metrics import Cdf, Distribution, Summary
 from replay.report import figures_ms, overview_lines, verdict_lines, warnings
 
-TEMPLATE = Path(__file__).with_name("page.html")
 _NO_DATA = "No data: "
 
 
 def page(summary: Summary) -> bytes:
     """The page, UTF-8."""
-    from jinja2 import Environment
+    started = summary.started_at
+    return fill(
+        "page.html",
+        figures_of(summary),
+        {"summary": summary},
+        summary=summary,
+        verdict=verdict_lines(summary)[0].removeprefix("verdict").strip(),
+        overview=overview_lines(summary),
+        warnings=warnings(summary),
+        started=None
+        if started is None
+        else datetime.datetime.fromtimestamp(started, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        distributions=[(name, figures_ms(value)) for name, value in distributions_of(summary)],
+        failures=list(summary.errors.items()),
+        fidelity=[("prompts", summary.prompts), ("answers", summary.outputs)],
+    )
+
+
+def fill(template: str, figures: list[dict[str, Any]], data: dict[str, object], **values: object) -> bytes:
+    """A page of the frame, UTF-8.
+
+    figures: as those of `figures_of`, `x_log` and `y_log` where an axis is logarithmic. data: what the page holds as
+    JSON, by the id of its element. values: the template's own; text in them is escaped.
+    """
+    from jinja2 import Environment, FileSystemLoader
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    figures = figures_of(summary)
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     shown = [{"id": f"f{number}", **each} for number, each in enumerate(figures)]
-    started = summary.started_at
-    return (
-        environment.from_string(TEMPLATE.read_text("utf-8"))
-        .render(
-            summary=summary,
-            verdict=verdict_lines(summary)[0].removeprefix("verdict").strip(),
-            overview=overview_lines(summary),
-            warnings=warnings(summary),
-            started=None
-            if started is None
-            else datetime.datetime.fromtimestamp(started, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-            distributions=[(name, figures_ms(value)) for name, value in distributions_of(summary)],
-            failures=list(summary.errors.items()),
-            fidelity=[("prompts", summary.prompts), ("answers", summary.outputs)],
-            figures=shown,
-            data=_json([each for each in shown if each["traces"]]),
-            summary_data=_json(summary),
-            plotly=get_plotlyjs().replace("</script", "<\\/script"),
-        )
-        .encode()
+    data = {**data, "figures": [each for each in shown if each["traces"]]}
+    text = environment.get_template(template).render(
+        figures=shown,
+        data=[(name, _json(value)) for name, value in data.items()],
+        plotly=get_plotlyjs().replace("</script", "<\\/script"),
+        **values,
     )
+    return text.encode()
 
 
 def distributions_of(summary: Summary) -> list[tuple[str, Distribution | None]]:

@@ -435,12 +435,15 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _signals(loop: asyncio.AbstractEventLoop, pressed: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM call `pressed`, where the main thread runs the loop."""
+    """Ctrl-C and SIGTERM call `pressed`, where the main thread runs the loop; afterwards what they did before."""
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:
         loop.add_signal_handler(number, pressed)
     try:
         yield
     finally:
-        for number in numbers:
+        for number, handler in before.items():
             loop.remove_signal_handler(number)
+            # uvloop leaves a handler of its own, which does nothing once the loop is closed.
+            signal.signal(number, handler or signal.SIG_DFL)

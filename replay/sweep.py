@@ -12,9 +12,11 @@
                  TTFT p99     <= the SLO's, or TTFT_FACTOR times that of the calmest arrivals at the lowest rate
                and all lower ones hold. The highest one is the arrivals' `capacity_rps`; the first that does not is
                measured too and ends the climb of its arrivals, unless all are asked for
+    invalid    a cell of a live target in which the replay itself was the bottleneck, by `replay.verdict`. It is kept
+               and marked; the medians leave it out. A rate without a valid cell ends the climb too, and is no knee
 
-Latencies are over requests that ended `ok`, quantiles are values of the sample. Where the cells come from is
-`replay.cells`'; the page is `replay.sweep_page`'s.
+Latencies are over requests that ended `ok`, quantiles are values of the sample. Goodput is `replay.metrics`'. Where the
+cells come from is `replay.cells`'; the page is `replay.sweep_report`'s.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from replay.client import ReplayError
+from replay.metrics import Slo, missed_bounds
 from replay.schedule import Planned
 from traces.arrivals import MAX_RATE_RPS, SHAPE_RANGE, arrival_times_s, steady
 from traces.batch import complete_batch
@@ -43,15 +47,6 @@ TTFT_FACTOR: Final = 10.0
 MAX_REQUESTS: Final = 1_000_000
 """Of one cell: its samples are held."""
 MAX_RUNGS: Final = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """What an answer must keep to be good. Seconds; None is no bound."""
-
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-    e2e_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +112,7 @@ class Ended(msgspec.Struct, frozen=True, gc=False):
     ttft_s: float | None = None
     tpot_s: float | None = None
     e2e_s: float | None = None
+    itl_max_s: float | None = None
     dispatch_lag_s: float | None = None
 
 
@@ -128,6 +124,8 @@ class Measured:
     preemptions: int | None = None
     kv_usage_mean: float | None = None
     kv_usage_max: float | None = None
+    invalid: str | None = None
+    """Why the replay itself was the bottleneck, if it was."""
     warning: str | None = None
 
 
@@ -162,6 +160,8 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     goodput_rps: float | None
     dispatch_lag_p99_s: float | None
     """How late the requests were sent."""
+    invalid: str | None = None
+    """Why the figures are those of the replay and not of the target; None where they are not."""
 
 
 FIGURES: Final = (
@@ -185,12 +185,19 @@ class Rung(msgspec.Struct, frozen=True, kw_only=True):
     gamma_shape: float | None
     rate_rps: float
     cells: int
+    invalid_cells: int
+    """In `figures` only where all are."""
     figures: dict[str, Spread | None]
     """By the names of FIGURES."""
     served_share: float
     holds: bool
     why_not: str | None
     """Why the rate does not hold."""
+
+    @property
+    def is_valid(self) -> bool:
+        """The figures are the target's."""
+        return self.invalid_cells < self.cells
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,10 +225,17 @@ class Sweep(msgspec.Struct, frozen=True, kw_only=True):
     cells: tuple[Cell, ...]
     warnings: tuple[str, ...]
     is_interrupted: bool
+    stopped_by: str | None = None
+    """The error that ended the sweep."""
+
+    @property
+    def is_valid(self) -> bool:
+        """Each rate has figures that are the target's."""
+        return all(rung.is_valid for rung in self.rungs)
 
 
 RunCell = Callable[[pl.DataFrame, int], Measured | None]
-"""Sends a trace with a seed; None when it was interrupted."""
+"""Sends a trace with a seed; None when it was interrupted. Raises ReplayError when it cannot."""
 
 
 def ladder(first_rps: float, last_rps: float, steps: int) -> tuple[float, ...]:
@@ -231,23 +245,6 @@ def ladder(first_rps: float, last_rps: float, steps: int) -> tuple[float, ...]:
     if not 2 <= steps <= MAX_RUNGS:
         raise ValueError(f"steps: expected 2 to {MAX_RUNGS}, got {steps}")
     return tuple(float(f"{rate_rps:.4g}") for rate_rps in np.geomspace(first_rps, last_rps, steps))
-
-
-def parse_slo(text: str) -> Slo:
-    """The bounds in `ttft=0.5,tpot=0.05,e2e=10`, seconds. Raises ValueError naming the part and the rule."""
-    bounds: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, value = (piece.strip() for piece in part.partition("="))
-        if name not in ("ttft", "tpot", "e2e") or f"{name}_s" in bounds:
-            raise ValueError(f"slo: expected ttft, tpot and e2e, each once at most, got {part.strip()!r}")
-        try:
-            bound_s = float(value)
-        except ValueError:
-            bound_s = math.nan
-        if not 0 < bound_s < math.inf:
-            raise ValueError(f"slo: {name}: expected seconds > 0, got {value!r}")
-        bounds[f"{name}_s"] = bound_s
-    return Slo(**bounds)
 
 
 def numbers(text: str, name: str) -> tuple[float, ...]:
@@ -330,7 +327,7 @@ def measure(arrivals: Arrivals, rate_rps: float, seed: int, run: Measured, slo: 
     first_s = min((each.due_s for each in ended), default=0.0)
     arrivals_s = max((each.due_s for each in ended), default=0.0) - first_s
     answered_s = max((each.due_s + (each.e2e_s or 0.0) for each in ended), default=0.0) - first_s
-    within = None if slo is None else sum(_is_within(each, slo) for each in good)
+    within = None if slo is None else sum(not missed_bounds(each, slo) for each in good)
     return Cell(
         arrivals=arrivals.name,
         gamma_shape=arrivals.gamma_shape,
@@ -353,13 +350,8 @@ def measure(arrivals: Arrivals, rate_rps: float, seed: int, run: Measured, slo: 
         goodput_share=None if within is None or not ended else within / len(ended),
         goodput_rps=None if within is None or not answered_s else within / answered_s,
         dispatch_lag_p99_s=_quantile((each.dispatch_lag_s for each in ended), 0.99),
+        invalid=run.invalid,
     )
-
-
-def _is_within(each: Ended, slo: Slo) -> bool:
-    """An answer without a TPOT, of one token, has none to miss."""
-    bounds = ((each.ttft_s, slo.ttft_s), (each.tpot_s, slo.tpot_s), (each.e2e_s, slo.e2e_s))
-    return all(value is None or bound is None or value <= bound for value, bound in bounds)
 
 
 def _quantile(values: Iterable[float | None], share: float) -> float | None:
@@ -377,11 +369,15 @@ def sweep(
     lengths: str,
     on_cell: Callable[[Cell], None] = lambda cell: None,
 ) -> Sweep:
-    """Measure the cells. Ctrl-C leaves out the one that runs and returns what there is. Raises what `run_cell` does."""
+    """Measure the cells. After Ctrl-C, or a ReplayError past the first cell, there are those that were whole by then.
+
+    Raises what `run_cell` does for the first one.
+    """
     climbing = list(compared(options, workload))
     cells: list[Cell] = []
     warnings: dict[str, None] = {}
     is_interrupted = False
+    stopped_by = None
     try:
         for rate_rps in options.rates_rps:
             for seed in range(options.seed, options.seed + options.seeds):
@@ -401,6 +397,10 @@ def sweep(
                 break
     except KeyboardInterrupt:
         is_interrupted = True
+    except ReplayError as error:
+        if not cells:
+            raise
+        stopped_by = str(error)
     rungs = judge(cells, options.slo)
     return Sweep(
         target=target,
@@ -413,6 +413,7 @@ def sweep(
         cells=tuple(cells),
         warnings=tuple(warnings),
         is_interrupted=is_interrupted,
+        stopped_by=stopped_by,
     )
 
 
@@ -421,17 +422,21 @@ def judge(cells: Sequence[Cell], slo: Slo | None) -> tuple[Rung, ...]:
     groups: dict[tuple[str, float], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.arrivals, cell.rate_rps), []).append(cell)
+    valid = {key: [cell for cell in group if cell.invalid is None] for key, group in groups.items()}
     lowest_rps = min((cell.rate_rps for cell in cells), default=0.0)
-    lowest = {name: group for (name, rate_rps), group in groups.items() if rate_rps == lowest_rps}
+    lowest = {name: group for (name, rate_rps), group in valid.items() if rate_rps == lowest_rps and group}
     calm_s = min((_middle(group, "ttft_p99_s") for group in lowest.values()), default=math.inf)
     limit_s = slo.ttft_s if slo is not None and slo.ttft_s is not None else TTFT_FACTOR * calm_s
     rungs = []
     for (name, rate_rps), group in groups.items():
-        tail_s = _middle(lowest.get(name, group), "e2e_p99_s")
-        served = statistics.median(_served_share(cell, tail_s) for cell in group)
-        ttft_s = _middle(group, "ttft_p99_s")
+        judged = valid[name, rate_rps] or group
+        tail_s = _middle(lowest.get(name, judged), "e2e_p99_s")
+        served = statistics.median(_served_share(cell, tail_s) for cell in judged)
+        ttft_s = _middle(judged, "ttft_p99_s")
         why_not = None
-        if served < SERVED_SHARE:
+        if not valid[name, rate_rps]:
+            why_not = f"no cell is valid: {group[0].invalid}"
+        elif served < SERVED_SHARE:
             why_not = f"served {served:.1%} < {SERVED_SHARE:.0%}"
         elif not ttft_s <= limit_s:
             why_not = f"TTFT p99 {ttft_s:.3g} s > {limit_s:.3g} s"
@@ -441,7 +446,8 @@ def judge(cells: Sequence[Cell], slo: Slo | None) -> tuple[Rung, ...]:
                 gamma_shape=group[0].gamma_shape,
                 rate_rps=rate_rps,
                 cells=len(group),
-                figures={figure: _spread(group, figure) for figure in FIGURES},
+                invalid_cells=len(group) - len(valid[name, rate_rps]),
+                figures={figure: _spread(judged, figure) for figure in FIGURES},
                 served_share=served,
                 holds=why_not is None,
                 why_not=why_not,
@@ -468,7 +474,7 @@ def _capacity(arrivals: Arrivals, rungs: Sequence[Rung]) -> Capacity:
         arrivals=arrivals.name,
         gamma_shape=arrivals.gamma_shape,
         capacity_rps=held[-1].rate_rps if held else None,
-        is_knee_found=broken is not None,
+        is_knee_found=broken is not None and own[broken].is_valid,
     )
 
 
@@ -495,7 +501,7 @@ def progress_text(cell: Cell) -> str:
     preempted = "" if cell.preemptions is None else f", {cell.preemptions:,} preempted"
     return (
         f"{cell.rate_rps:g} requests/s, {cell.arrivals}, seed {cell.seed}: {cell.requests:,} sent, {cell.ok:,} ok,"
-        f" TTFT p99 {ttft}{preempted}"
+        f" TTFT p99 {ttft}{preempted}{'' if cell.invalid is None else '; INVALID'}"
     )
 
 

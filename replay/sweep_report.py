@@ -1,22 +1,22 @@
 """A sweep for the eyes: a table for a console, and one HTML page that needs nothing from any network.
 
-The page embeds plotly's script from its wheel and the sweep as JSON; its charts are latency, failures and KV use
-against the rate, one line an arrival process: medians over the seeds, with their range.
+The page (`sweep.html` in the frame of `replay.page`) holds the sweep as JSON; its charts are latency, failures and KV
+use against the rate, one line an arrival process: medians over the seeds, with their range. A rate with invalid cells
+is marked *; where there is no other, with an open cross in the charts.
 """
 
 from __future__ import annotations
 
-import html
 from typing import Any, Final
 
-import msgspec
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from replay.sweep import Capacity, Rung, Spread, Sweep
+from replay.page import fill
+from replay.sweep import Capacity, Cell, Rung, Spread, Sweep
 
 CHARTS: Final = (
     ("ttft_p99_s", "Time to first token, p99", "s", True),
@@ -26,55 +26,9 @@ CHARTS: Final = (
     ("preemptions", "Preemptions", "a cell", False),
     ("kv_usage_mean", "KV cache in use, mean", "share", False),
     ("achieved_rps", "Achieved rate", "ok requests/s", False),
-    ("goodput_share", "Goodput", "share of requests within the SLO", False),
+    ("goodput_share", "Goodput", "share of requests", False),
 )
 """Figure, title, unit, and whether its axis is logarithmic."""
-COLOURS: Final = ("#2a9d8f", "#e9a03b", "#d1495b", "#6a4c93", "#1d6fa5", "#8d99ae")
-
-_PAGE: Final = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>burstgate sweep</title>
-<style>
-:root { color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ccc; }
-@media (prefers-color-scheme: dark) { :root { --ink: #ddd; --paper: #16181c; --line: #444; } }
-body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 1.5rem auto;
-  max-width: 70rem; padding: 0 1rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%%), 1fr)); gap: 1rem; }
-.chart { height: 20rem; min-width: 0; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-</style></head><body>
-<h1>burstgate sweep</h1>
-%(words)s
-<div class="charts" id="charts"></div>
-<h2>Every rate</h2>
-<div class="table">%(table)s</div>
-<script>%(plotly)s</script>
-<script type="application/json" id="sweep">%(data)s</script>
-<script type="application/json" id="figures">%(figures)s</script>
-<script>
-const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-const figures = JSON.parse(document.getElementById("figures").textContent);
-const charts = figures.map(() => document.createElement("div"));
-for (const chart of charts) { chart.className = "chart"; }
-document.getElementById("charts").append(...charts);  // all of them first: a chart takes the size that it finds
-figures.forEach((figure, at) => {
-  const ink = dark ? "#ddd" : "#222", grid = dark ? "#333" : "#e4e4e4";
-  const axis = { gridcolor: grid, zerolinecolor: grid };
-  const layout = {
-    title: { text: figure.title, font: { size: 15 } }, font: { color: ink }, margin: { t: 40, r: 10, b: 45, l: 60 },
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", legend: { orientation: "h", y: 1.1, yanchor: "top" },
-    xaxis: { ...axis, title: { text: "requests/s" }, type: "log" },
-    yaxis: { ...axis, title: { text: figure.unit }, type: figure.log ? "log" : "linear",
-      rangemode: figure.log ? "normal" : "tozero" },
-  };
-  Plotly.newPlot(charts[at], figure.lines, layout, { responsive: true, displayModeBar: false });
-});
-</script>
-</body></html>
-"""
 
 
 def render(sweep: Sweep) -> RenderableType:
@@ -85,61 +39,48 @@ def render(sweep: Sweep) -> RenderableType:
     for rung in sweep.rungs:
         table.add_row(*map(escape, _row(rung)))
     lines = [Text(line) for line in _words(sweep)]
-    notes = [Text.from_markup(f"[yellow]warning:[/] {escape(text)}") for text in sweep.warnings]
+    notes = [Text.from_markup(f"[yellow]warning:[/] {escape(text)}") for text in _warnings(sweep)]
     return Group(Text(f"{sweep.target}; {sweep.lengths}"), table, *lines, *notes)
 
 
-def page(sweep: Sweep) -> str:
-    """The page. Text from outside is escaped."""
-    from plotly.offline import get_plotlyjs
-
-    words = [f"{sweep.target}; {sweep.lengths}", *_words(sweep), *(f"Warning: {text}" for text in sweep.warnings)]
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in _COLUMNS)
-    rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in _row(rung)) for rung in sweep.rungs]
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return _PAGE % {
-        "words": "".join(f"<p>{html.escape(text)}</p>" for text in words),
-        "table": f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if rows else "<p>No cell.</p>",
-        "plotly": get_plotlyjs(),
-        "data": _embedded(sweep),
-        "figures": _embedded(_figures(sweep)),
-    }
+def page(sweep: Sweep) -> bytes:
+    """The page, UTF-8. Text from outside is escaped."""
+    return fill(
+        "sweep.html",
+        [_figure(sweep, *chart) for chart in CHARTS],
+        {"sweep": sweep},
+        sweep=sweep,
+        words=_words(sweep),
+        warnings=_warnings(sweep),
+        columns=_COLUMNS,
+        rows=[_row(rung) for rung in sweep.rungs],
+    )
 
 
-def _embedded(value: Any) -> str:
-    """JSON that no text in it can end the script element of."""
-    return msgspec.json.encode(value).decode().replace("<", "\\u003c")
-
-
-def _figures(sweep: Sweep) -> list[dict[str, Any]]:
-    """A chart for each figure that is known anywhere."""
-    names = list(dict.fromkeys(rung.arrivals for rung in sweep.rungs))
-    figures = []
-    for figure, title, unit, is_log in CHARTS:
-        lines = []
-        for at, name in enumerate(names):
-            known = [(rung.rate_rps, rung.figures[figure]) for rung in sweep.rungs if rung.arrivals == name]
-            points = [(rate_rps, spread) for rate_rps, spread in known if spread is not None]
-            if points:
-                lines.append(
-                    {
-                        "name": name,
-                        "x": [rate_rps for rate_rps, _ in points],
-                        "y": [spread.median for _, spread in points],
-                        "error_y": {
-                            "type": "data",
-                            "symmetric": False,
-                            "array": [spread.high - spread.median for _, spread in points],
-                            "arrayminus": [spread.median - spread.low for _, spread in points],
-                            "thickness": 1,
-                        },
-                        "mode": "lines+markers",
-                        "line": {"color": COLOURS[at % len(COLOURS)]},
-                    }
-                )
-        if lines:
-            figures.append({"title": title, "unit": unit, "log": is_log, "lines": lines})
-    return figures
+def _figure(sweep: Sweep, figure: str, title: str, unit: str, is_log: bool) -> dict[str, Any]:
+    traces = []
+    for name in dict.fromkeys(rung.arrivals for rung in sweep.rungs):
+        own = [rung for rung in sweep.rungs if rung.arrivals == name]
+        points = [(rung, spread) for rung in own if (spread := rung.figures[figure]) is not None]
+        if points:
+            traces.append(
+                {
+                    "name": name,
+                    "x": [rung.rate_rps for rung, _ in points],
+                    "y": [spread.median for _, spread in points],
+                    "error_y": {
+                        "type": "data",
+                        "symmetric": False,
+                        "array": [spread.high - spread.median for _, spread in points],
+                        "arrayminus": [spread.median - spread.low for _, spread in points],
+                        "thickness": 1,
+                    },
+                    "mode": "lines+markers",
+                    "marker": {"symbol": ["circle" if rung.is_valid else "x-open" for rung, _ in points]},
+                }
+            )
+    return {"title": title, "x": "requests/s", "y": unit, "x_log": True, "y_log": is_log, "traces": traces,
+            "empty": "No data: no cell has it."}  # fmt: skip
 
 
 def _words(sweep: Sweep) -> list[str]:
@@ -149,6 +90,25 @@ def _words(sweep: Sweep) -> list[str]:
     if sweep.is_interrupted:
         lines.append("Interrupted: what had not been measured by then is missing.")
     return lines
+
+
+def _warnings(sweep: Sweep) -> list[str]:
+    found = list(sweep.warnings)
+    for rung in sweep.rungs:
+        if rung.invalid_cells:
+            why = next(cell.invalid for cell in sweep.cells if cell.invalid is not None and _is_of(cell, rung))
+            use = "left out" if rung.is_valid else "figures of the replay and not of the target"
+            found.append(
+                f"* {rung.arrivals} at {rung.rate_rps:g} requests/s: {rung.invalid_cells} of {rung.cells} cells are"
+                f" invalid, {use}: {why}"
+            )
+    if sweep.stopped_by is not None:
+        found.append(f"ended early: {sweep.stopped_by}")
+    return found
+
+
+def _is_of(cell: Cell, rung: Rung) -> bool:
+    return (cell.arrivals, cell.rate_rps) == (rung.arrivals, rung.rate_rps)
 
 
 def _capacity(capacity: Capacity, sweep: Sweep) -> str:
@@ -170,7 +130,7 @@ _COLUMNS: Final = (
 def _row(rung: Rung) -> list[str]:
     f = rung.figures
     return [
-        rung.arrivals,
+        rung.arrivals + ("*" if rung.invalid_cells else ""),
         f"{rung.rate_rps:g}",
         _number(f["achieved_rps"]),
         _ms(f["ttft_p50_s"]),

@@ -56,22 +56,16 @@ def vllm_home() -> Path:
     return home
 
 
-@pytest.fixture(scope="session")
-def vllm_url(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Base URL of a vLLM that serves the model `tiny`."""
-    url = os.environ.get("BURSTGATE_VLLM_URL", "").rstrip("/")
-    if url:
-        assert _is_healthy(url), f"BURSTGATE_VLLM_URL: {url}/health does not answer 200"
-        yield url
-        return
+@contextlib.contextmanager
+def own_vllm(max_model_len: int, *flags: str) -> Iterator[str]:
+    """Base URL of a vLLM that is started for it and ends with it. Skips where there is none to start."""
     serve = REPOSITORY / os.environ.get("BURSTGATE_VLLM", "../shared/vllm-cpu") / "serve.sh"
     if not serve.exists():
-        pytest.skip(f"needs a vLLM: BURSTGATE_VLLM_URL is not set, and there is no {serve} (BURSTGATE_VLLM)")
-    request.getfixturevalue("vllm_home")
+        pytest.skip(f"needs a vLLM to start: there is no {serve} (BURSTGATE_VLLM)")
     url = f"http://127.0.0.1:{(port := _free_port())}"
     process = Process(
-        [serve, str(port), "--enable-auto-tool-choice", "--tool-call-parser", "hermes"],
-        {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", "VLLM_MAX_MODEL_LEN": str(MAX_MODEL_LEN)},
+        [serve, str(port), *flags],
+        {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", "VLLM_MAX_MODEL_LEN": str(max_model_len)},
         cwd=REPOSITORY,
     )
     try:
@@ -84,6 +78,22 @@ def vllm_url(request: pytest.FixtureRequest) -> Iterator[str]:
         process.terminate(60.0)
     finally:
         process.kill_tree()
+
+
+@pytest.fixture(scope="session")
+def vllm_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Base URL of a vLLM that serves the model `tiny`."""
+    url = os.environ.get("BURSTGATE_VLLM_URL", "").rstrip("/")
+    if url:
+        assert _is_healthy(url), f"BURSTGATE_VLLM_URL: {url}/health does not answer 200"
+        yield url
+        return
+    serve = REPOSITORY / os.environ.get("BURSTGATE_VLLM", "../shared/vllm-cpu") / "serve.sh"
+    if not serve.exists():
+        pytest.skip(f"needs a vLLM: BURSTGATE_VLLM_URL is not set, and there is no {serve} (BURSTGATE_VLLM)")
+    request.getfixturevalue("vllm_home")
+    with own_vllm(MAX_MODEL_LEN, "--enable-auto-tool-choice", "--tool-call-parser", "hermes") as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -726,6 +726,26 @@ def test_ctrl_c_in_a_terminal(simulator: str, tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+def test_signals_do_afterwards_what_they_did_before(simulator: str, tmp_path: Path) -> None:
+    """uvloop leaves handlers that do nothing, so that no Ctrl-C would end what comes after a replay."""
+    trace = tmp_path / "t.csv"
+    trace.write_text(HEADER + "0,ChatGPT,40,3,43,API log\n")
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    seen: list[int] = []
+    try:
+        signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+        replay(trace, ReplayOptions(simulator, "simulated", quiet=True), console=Console())
+        assert signal.getsignal(signal.SIGINT) is before[0]
+        signal.raise_signal(signal.SIGTERM)
+        assert seen == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 @pytest.mark.skipif(not TRACES.is_dir(), reason=f"no traces at {TRACES} (BURSTGATE_TRACES)")
 def test_a_real_trace(simulator: str, tmp_path: Path) -> None:
     """BurstGPT_3's first 60 rows, 4,000 times as fast: lengths exact by the server's count."""
