@@ -19,7 +19,9 @@ import enum
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
+from zoneinfo import ZoneInfo
 
 import msgspec
 import numpy as np
@@ -33,6 +35,8 @@ from traces.record import LogType, Origin, Outcome
 def _enum(values: type[enum.StrEnum]) -> pl.Enum:
     return pl.Enum([str(value) for value in values])
 
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 SCHEMA: Final[dict[str, pl.DataType]] = {
     "received_at": pl.Float64(),
@@ -58,6 +62,8 @@ READS: Final = tuple("session_id" if name == "session" else name for name in SCH
 FIRST_S: Final = -62_135_596_800.0
 END_S: Final = 253_402_300_800.0
 """The years 1 to 9999: stamps outside have no date."""
+MAX_SPAN_S: Final = 100 * 366 * 86_400
+"""Statistics that have a place for each hour or window of the calendar are left out for longer traces."""
 _LIMITS: Final = {
     **dict.fromkeys(("elapsed_s", "ttft_s", "tpot_s", "queue_s"), float(np.finfo(np.float32).max)),
     **dict.fromkeys(("request_tokens", "response_tokens"), 2**31 - 1),
@@ -181,3 +187,22 @@ def services(table: pl.DataFrame, columns: Sequence[str], most: int) -> Iterator
         is_here = pl.col("model").eq_missing(pl.lit(model, pl.Categorical())) & (pl.col("log_type") == log_type)
         rows = table if requests == table.height else table.lazy().filter(is_here)
         yield Service(model, LogType(log_type), requests), rows.lazy().select(columns).collect()
+
+
+def clock_s(stamps_s: NDArray[np.float64], zone: ZoneInfo) -> NDArray[np.float64]:
+    """What a clock in `zone` shows, in seconds since 1970-01-01 00:00 of that clock.
+
+    stamps_s: shape (n,), epoch seconds of the years 1 to 9999. A clock that is set back shows an hour twice.
+    """
+    # No zone changes its clock but on a quarter of an hour, as UTC counts; local mean time is older than any trace.
+    quarter = np.floor_divide(stamps_s, 900).astype(np.int64)
+    distinct, place = np.unique(quarter, return_inverse=True)
+    offsets_s = [_offset_s(number * 900, zone) for number in distinct.tolist()]
+    return stamps_s + np.array(offsets_s, dtype=np.float64)[place]
+
+
+def _offset_s(stamp_s: float, zone: ZoneInfo) -> float:
+    # A day from either end of the calendar an offset cannot leave it.
+    within_s = min(max(stamp_s, FIRST_S + 86_400), END_S - 2 * 86_400)
+    offset = (_EPOCH + timedelta(seconds=within_s)).astimezone(zone).utcoffset()
+    return 0.0 if offset is None else offset.total_seconds()
