@@ -232,7 +232,7 @@ def _distance(name: str, samples: Sequence[_Sample | None], options: Options) ->
     a, b = samples
     if a is None or b is None:
         return []
-    from scipy.stats import wasserstein_distance
+    from scipy.stats import wasserstein_distance  # type: ignore[import-untyped]
 
     grid = np.union1d(a.values, b.values)
     ks = float(np.abs(a.share_up_to(grid) - b.share_up_to(grid)).max())

@@ -270,8 +270,8 @@ def fit_zipf(lengths: LengthCounts, x_min: int) -> ZipfFit | None:
     with Hurwitz's zeta) and 3.6 (1 / sqrt(n (log zeta)'')). The support has no upper end, so the exponent is above 1;
     `traces.profile.fit_zipf` is the one cut at the longest length. None under two different lengths.
     """
-    from scipy.optimize import minimize_scalar
-    from scipy.special import zeta
+    from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
+    from scipy.special import zeta  # type: ignore[import-untyped]
 
     tail = lengths.at_least(x_min)
     if len(tail.values) < 2:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy import stats
-from scipy.special import polygamma
+from scipy import stats  # type: ignore[import-untyped]
+from scipy.special import polygamma  # type: ignore[import-untyped]
 
 from tests.traces.test_burstgpt import real_head
 from traces.codec import read_trace
