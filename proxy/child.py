@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from proxy.settings import ConfigError, Settings, validate
+from proxy.config_error import ConfigError
+from proxy.settings import Settings, validate
 
 log = logging.getLogger("burstgate")
 

@@ -19,17 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import msgspec
-import sqlalchemy as sa
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from proxy.settings import ConfigError, Loaded, Settings, describe, load_settings, show_value
-from storage.engine import DatabaseUnavailable, DatabaseUrlError, SchemaError
+from proxy.config_error import ConfigError
+from storage.errors import DatabaseUnavailable, DatabaseUrlError, SchemaError
 from traces.codec import FORMATS, TraceClock, TraceFormatError
 from traces.record import LogType
 
 if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from proxy.settings import Loaded, Settings
     from replay.metrics import Summary
     from replay.runner import ReplayOptions
     from traces.profile import WorkloadProfile
@@ -60,6 +62,8 @@ def _fail(message: str, status: int = 1) -> typer.Exit:
 
 
 def _load(config: Path | None, **flags: Any) -> Loaded:
+    from proxy.settings import load_settings
+
     return load_settings(config=config, flags=flags)
 
 
@@ -91,6 +95,7 @@ def serve(
 ) -> None:
     """Run the gateway: workers, recorder and control plane. SIGHUP reloads, SIGUSR2 restarts without downtime."""
     from proxy.handover import take_handover
+    from proxy.settings import show_value
     from proxy.supervisor import Supervisor, settings_after
     from storage.engine import open_engine
 
@@ -153,6 +158,8 @@ def record(data_dir: DataDir = None, database_url: DatabaseUrl = None, config: C
 @config_app.command("show")
 def config_show(config: Config = None, data_dir: DataDir = None, upstream: Upstreams = None) -> None:
     """Print every setting, its value and where it came from."""
+    from proxy.settings import describe
+
     table = Table("setting", "value", "from", box=None, pad_edge=False)
     for row in describe(_load(config, data_dir=data_dir, upstreams=tuple(upstream) if upstream else None)):
         table.add_row(*row)

@@ -26,7 +26,7 @@ from proxy.doctor import Check, balance_of, diagnose
 from proxy.settings import Settings, show_value
 from proxy.telemetry import sum_counters, worker_metrics
 from storage.doctor import Balance, live_writers
-from storage.engine import DatabaseUnavailable, DatabaseUrlError
+from storage.errors import DatabaseUnavailable, DatabaseUrlError
 from storage.journal import DROP_REASONS, directory_bytes
 
 BALANCE_AGE_S = 10.0

@@ -10,7 +10,8 @@ import msgspec
 
 from proxy.settings import Settings, show_value
 from storage.doctor import Balance, live_writers, take_balance
-from storage.engine import DatabaseUnavailable, DatabaseUrlError, SchemaError, current, head_revision, open_engine
+from storage.engine import current, head_revision, open_engine
+from storage.errors import DatabaseUnavailable, DatabaseUrlError, SchemaError
 from storage.journal import directory_bytes
 from storage.sink import open_sink
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from proxy.settings import ConfigError
+from proxy.config_error import ConfigError
 
 VARIABLE = "_BURSTGATE_HANDOVER"
 

@@ -12,8 +12,10 @@ import time
 from types import FrameType
 
 from proxy.child import ChildTask, run_child, watch_parent
-from proxy.settings import ConfigError, Settings
-from storage.engine import DatabaseUnavailable, SchemaError, open_engine, upgrade
+from proxy.config_error import ConfigError
+from proxy.settings import Settings
+from storage.engine import open_engine, upgrade
+from storage.errors import DatabaseUnavailable, SchemaError
 from storage.recorder import Recorder
 from storage.sink import Sink, SinkUnavailable, open_sink
 

@@ -20,15 +20,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from proxy.config_error import ConfigError
 from wire.http import parse_base_url
 
 ENV_PREFIX = "BURSTGATE_"
 _NOT_SETTINGS = ("BURSTGATE_TRACES", "BURSTGATE_VLLM")
 """Environment names that start like settings and belong to the tests."""
-
-
-class ConfigError(ValueError):
-    """A setting that can not be used: place, value and rule in one line."""
 
 
 class _Frozen(BaseModel):

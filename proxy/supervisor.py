@@ -27,9 +27,10 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+from proxy.config_error import ConfigError
 from proxy.handover import Handover, Preflight, command_line, execute
 from proxy.process import Child
-from proxy.settings import NEED_RESTART, NEED_STOP, ConfigError, Settings, changes, keep, validate
+from proxy.settings import NEED_RESTART, NEED_STOP, Settings, changes, keep, validate
 
 READY_TIMEOUT_S = 30.0
 QUICK_DEATH_S = 5.0

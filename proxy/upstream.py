@@ -21,10 +21,11 @@ from typing import Any, Self
 import msgspec
 
 from proxy.balance import Decision, Pool, Ring, build_ring, choose, hash64
+from proxy.config_error import ConfigError
 from proxy.health import Health, State, Window, is_outlier, may_eject
 from proxy.models import ask, ask_models, merge
 from proxy.prefix import PrefixTable
-from proxy.settings import ConfigError, Settings, UpstreamSettings
+from proxy.settings import Settings, UpstreamSettings
 from wire.http import HttpClient, client_context, parse_base_url
 from wire.http1 import Headers
 

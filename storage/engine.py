@@ -25,6 +25,7 @@ import psycopg
 import sqlalchemy as sa
 
 import migrations
+from storage.errors import DatabaseUnavailable, DatabaseUrlError, SchemaError
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -48,18 +49,6 @@ _DRIVERS = {
 }
 # Alembic keeps the migration in progress in module globals, so one at a time in a process.
 _alembic_in_use = threading.Lock()
-
-
-class DatabaseUrlError(ValueError):
-    """The database URL cannot be used: one line, the URL with its password as `***`."""
-
-
-class DatabaseUnavailable(Exception):
-    """The database cannot do this now (down, locked, full, not upgraded): one line, worth trying again."""
-
-
-class SchemaError(Exception):
-    """The schema is at, or was asked to go to, a revision that this version of burstgate does not know."""
 
 
 def open_engine(database_url: str) -> sa.Engine:

@@ -31,7 +31,8 @@ import msgspec
 import psycopg
 import sqlalchemy as sa
 
-from storage.engine import DatabaseUnavailable, database_errors
+from storage.engine import database_errors
+from storage.errors import DatabaseUnavailable
 from storage.schema import partition_bounds_s, partition_name, requests, segments, utc_day, writers
 from traces.record import TraceRecord
 

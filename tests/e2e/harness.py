@@ -29,7 +29,8 @@ import msgspec
 
 from proxy.doctor import Check
 from replay.simulator.metrics import Stats
-from storage.engine import DatabaseUnavailable, open_engine
+from storage.engine import open_engine
+from storage.errors import DatabaseUnavailable
 from storage.query import Filter, read_batches
 from traces.batch import records_from_batch
 from traces.record import TraceRecord

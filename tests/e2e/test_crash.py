@@ -12,7 +12,7 @@ from typing import Literal
 
 import pytest
 
-from storage.engine import DatabaseUnavailable
+from storage.errors import DatabaseUnavailable
 from tests.e2e.harness import Installation, Simulator, wait_until
 from tests.e2e.load import Answer, Ask, Load, assert_recorded, fetch
 from traces.record import Outcome

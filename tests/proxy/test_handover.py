@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from proxy.config_error import ConfigError
 from proxy.handover import VARIABLE, Handover, LeftProcess, Preflight, execute, take_handover
-from proxy.settings import ConfigError, Settings
+from proxy.settings import Settings
 from proxy.supervisor import settings_after
 
 _NOBODY = LeftProcess("nobody")

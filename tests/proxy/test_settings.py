@@ -9,16 +9,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from proxy.child import ChildTask, encode_task
-from proxy.settings import (
-    ConfigError,
-    Loaded,
-    Settings,
-    UpstreamSettings,
-    describe,
-    load_settings,
-    setting_keys,
-    show_value,
-)
+from proxy.config_error import ConfigError
+from proxy.settings import Loaded, Settings, UpstreamSettings, describe, load_settings, setting_keys, show_value
 
 
 def load(

@@ -17,8 +17,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from proxy.config_error import ConfigError
 from proxy.process import Child
-from proxy.settings import ConfigError, JournalSettings, Settings, TimeoutSettings
+from proxy.settings import JournalSettings, Settings, TimeoutSettings
 from proxy.supervisor import Supervisor, listen
 
 LOOPBACK = "127.0.0.1"

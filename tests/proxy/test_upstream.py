@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from proxy.balance import Decision
-from proxy.settings import ConfigError, Settings
+from proxy.config_error import ConfigError
+from proxy.settings import Settings
 from proxy.upstream import Fleet, Selection, Upstream, build_fleet
 from tests.proxy.harness import closed_port, in_loop, until
 from wire.http import ConnectFailed

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from storage.engine import DatabaseUnavailable, DatabaseUrlError, SchemaError, current, downgrade, open_engine, upgrade
+from storage.engine import current, downgrade, open_engine, upgrade
+from storage.errors import DatabaseUnavailable, DatabaseUrlError, SchemaError
 
 
 @pytest.mark.parametrize(

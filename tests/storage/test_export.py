@@ -14,7 +14,8 @@ import polars as pl
 import pytest
 import sqlalchemy as sa
 
-from storage.engine import DatabaseUnavailable, open_engine
+from storage.engine import open_engine
+from storage.errors import DatabaseUnavailable
 from storage.export import ExportReport, export, export_batches
 from storage.importing import import_trace
 from storage.query import Filter

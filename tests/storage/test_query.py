@@ -7,7 +7,8 @@ import polars as pl
 import pytest
 import sqlalchemy as sa
 
-from storage.engine import DatabaseUnavailable, open_engine, upgrade
+from storage.engine import open_engine, upgrade
+from storage.errors import DatabaseUnavailable
 from storage.importing import import_trace
 from storage.query import Dataset, Filter, count, read_batches, read_datasets
 from storage.sink import open_sink

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from storage.engine import DatabaseUnavailable, downgrade, upgrade
+from storage.engine import downgrade, upgrade
+from storage.errors import DatabaseUnavailable
 from storage.query import Filter, count
 from storage.runs import Run, RunConflict, check_new, read_runs, store_run
 from traces.record import Origin, TraceRecord
