@@ -14,9 +14,11 @@ BIN := .venv/bin
 demo: .venv/.installed
 	@$(BIN)/burstgate demo
 
-# Everything but what takes minutes or a real vLLM.
+# Everything but what takes minutes or a real vLLM. First what needs no core for itself, two at a time.
+PURE := tests/wire tests/traces tests/storage tests/fuzz tests/test_architecture.py tests/test_docs.py
 test: .venv/.installed
-	$(BIN)/python -m pytest -m "not slow and not vllm"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not vllm" $(PURE)
+	$(BIN)/python -m pytest -m "not slow and not vllm" $(PURE:%=--ignore=%)
 
 # The rest: the long crash and outage rounds, and the suites against a real vLLM where one can be had.
 test-slow: .venv/.installed

@@ -443,13 +443,19 @@ def test_simulate_and_replay(run: Run, tmp_path: Path) -> None:
         assert (summary["process"], summary["sent"], summary["ok"]) == ("gamma", 6, 6)
         # Rows of a profile at a share of a capacity; the trace's own models under other names.
         assert run("fit", "good.csv", "-o", "p.json")[0] == 0
-        made = ("replay", "--target", url, "--quiet", "--profile", "p.json", "--limit", "7", "--json", "s.json")
+        made = ("replay", "--target", url, "--quiet", "--profile", "p.json", "--limit", "7", "--json", "s.json",
+                "--max-lag", "5")  # fmt: skip
         assert run(*made, "--model", "simulated", "--capacity", "200", "--load", "0.5")[0] == 0
         summary = json.loads((tmp_path / "s.json").read_text())
         assert (summary["sent"], summary["ok"]) == (7, 7)
         assert run(*made, "--model-map", "model-0=simulated", "--kv-budget", "0.00001", "--tpot", "1")[0] == 0
         assert json.loads((tmp_path / "s.json").read_text())["ok"] == 7  # the simulator serves no model-0
-        assert run("replay", "--target", url, "--quiet", "good.csv", "--speed", "100", "--keep-models")[0] == 0
+        assert (
+            run("replay", "--target", url, "--quiet", "good.csv", "--speed", "100", "--keep-models", "--max-lag", "5")[
+                0
+            ]
+            == 0
+        )
         for wrong, message in (
             (("good.csv",), "--model: expected one model for all rows, or --model-map or --keep-models, and not both"),
             (("good.csv", "--model", "m", "--keep-models"), "--model: expected one model for all rows"),

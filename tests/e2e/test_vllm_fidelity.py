@@ -71,7 +71,7 @@ def test_prefix_cache_is_hit_as_often_as_the_trace_has_it(vllm_url: str, real_tr
     queried, hit = prefix_cache(vllm_url)
     done = burstgate(
         "replay", window, "--target", vllm_url, "--model", MODEL, "--endpoint", "completions", "--seed", "20251",
-        "--json", tmp_path / "summary.json", "--max-error-rate", "0", "--quiet", timeout_s=TIMEOUT_S,
+        "--json", tmp_path / "summary.json", "--max-error-rate", "0", "--max-lag", "1", "--quiet", timeout_s=TIMEOUT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tmp_path / "summary.json").read_text())
@@ -116,7 +116,7 @@ def test_latencies_are_those_of_vllms_own_benchmark(
     theirs = bench(vllm_home, vllm_url, trace, tmp_path / "theirs.json")
     done = burstgate(
         "replay", trace, "--target", vllm_url, "--model", MODEL, "--endpoint", "completions", "--seed", "20252",
-        "--samples", tmp_path / "ours.jsonl", "--max-error-rate", "0", "--quiet", timeout_s=TIMEOUT_S,
+        "--samples", tmp_path / "ours.jsonl", "--max-error-rate", "0", "--max-lag", "1", "--quiet", timeout_s=TIMEOUT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     ours = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]

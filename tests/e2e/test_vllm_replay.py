@@ -16,8 +16,8 @@ from replay.schedule import Planned, PlanOptions, plan
 from tests.e2e.harness import MODEL, Installation, burstgate
 from traces.codec import read_trace
 
-SPEED = 250.0
-"""Trace seconds a second: two and a half minutes a head, which vLLM on two cores sustains."""
+SPEED = 500.0
+"""Trace seconds a second: a bit over a minute a head, which vLLM on two cores sustains."""
 SEED = 3
 REPLAY_TIMEOUT_S = 480.0
 LATE_S = 0.020
@@ -57,8 +57,8 @@ def replayed(
     with Installation(vllm_url, data_dir=folder / "data") as gateway:
         done = burstgate(
             "replay", source, "--target", gateway.gateway_url, "--model", MODEL, "--speed", str(SPEED),
-            "--seed", str(SEED), "--run-id", "head", "--json", summary, "--max-error-rate", "0", "--quiet",
-            timeout_s=REPLAY_TIMEOUT_S,
+            "--seed", str(SEED), "--run-id", "head", "--json", summary, "--max-error-rate", "0", "--max-lag", "1",
+            "--quiet", timeout_s=REPLAY_TIMEOUT_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         gateway.stop()
