@@ -24,7 +24,6 @@ from typing import Any, Protocol
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from replay.sample import Sample, failure_class
 from replay.timeline import BINS, LOG_RATIO, LOWEST_S, OverTime, Timeline, bin_of
@@ -36,7 +35,7 @@ CDF_POINTS = 200
 RECENT_S = 10.0
 """What the live view calls now."""
 _RECENT_ENDED = 2000
-_FEW_GAPS = 64
+_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +100,8 @@ class Histogram:
         self._sum_s = 0.0
         self._min_s = math.inf
         self._max_s = -math.inf
+        self._waiting: list[float] = []
+        """Values that are in no bin yet."""
 
     def add(self, value_s: float) -> int:
         """Take one value; returns its `bin_of`."""
@@ -113,21 +114,30 @@ class Histogram:
             self._max_s = value_s
         return at
 
-    def add_all(self, values_s: NDArray[np.float64]) -> None:
-        """Take many; shape (n,)."""
-        if not values_s.size:
+    def extend(self, values_s: Iterable[float]) -> None:
+        """Take many; they get their bins a few thousand at a time, which is a tenth of the work."""
+        self._waiting.extend(values_s)
+        if len(self._waiting) >= _AT_ONCE:
+            self._bin_waiting()
+
+    def _bin_waiting(self) -> None:
+        if not self._waiting:
             return
+        values_s = np.array(self._waiting)
+        self._waiting.clear()
         at = (np.log(np.maximum(values_s, LOWEST_S) / LOWEST_S) / LOG_RATIO).astype(np.int64) + 1
         at[values_s < LOWEST_S] = 0
+        counts = np.bincount(np.minimum(at, BINS - 1))
         bins = self._bins
-        for each in np.minimum(at, BINS - 1).tolist():
-            bins[each] += 1
+        for each in np.flatnonzero(counts).tolist():
+            bins[each] += int(counts[each])
         self._sum_s += float(values_s.sum())
         self._min_s = min(self._min_s, float(values_s.min()))
         self._max_s = max(self._max_s, float(values_s.max()))
 
     def merge(self, other: Histogram) -> None:
         """Take all values of another."""
+        other._bin_waiting()
         self._bins = [mine + others for mine, others in zip(self._bins, other._bins, strict=True)]
         self._sum_s += other._sum_s
         self._min_s = min(self._min_s, other._min_s)
@@ -135,6 +145,7 @@ class Histogram:
 
     def distribution(self) -> Distribution | None:
         """The figures; None when there is no value."""
+        self._bin_waiting()
         cumulative = list(accumulate(self._bins))
         count = cumulative[-1]
         if not count:
@@ -158,6 +169,7 @@ class Histogram:
 
     def cdf(self) -> Cdf | None:
         """At most CDF_POINTS points, the first value and the last among them; None when there is no value."""
+        self._bin_waiting()
         cumulative = list(accumulate(self._bins))
         count = cumulative[-1]
         if not count:
@@ -537,12 +549,7 @@ class Tally:
             e2e = histograms["e2e_s"].add(sample.e2e_s)
         if sample.e2e_from_due_s is not None:
             histograms["e2e_from_due_s"].add(sample.e2e_from_due_s)
-        itl = histograms["itl_s"]
-        if len(gaps_ns) < _FEW_GAPS:
-            for gap_ns in gaps_ns:
-                itl.add(gap_ns / 1e9)
-        else:
-            itl.add_all(np.array(gaps_ns, np.float64) / 1e9)
+        histograms["itl_s"].extend([gap_ns / 1e9 for gap_ns in gaps_ns])
         if sent_s is not None:
             self._timeline.add_latency(sent_s, ttft, e2e)
             if got:

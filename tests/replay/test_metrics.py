@@ -8,7 +8,6 @@ import pickle
 from dataclasses import replace
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -211,7 +210,7 @@ def test_histogram_against_the_sorted_values(values_s: list[float], split: int) 
     histogram = Histogram()
     for value_s in values_s[:split]:
         histogram.add(value_s)
-    histogram.add_all(np.array(values_s[split:], np.float64))
+    histogram.extend(values_s[split:])
     found = histogram.distribution()
     assert found is not None
     ranked = sorted(values_s)
@@ -225,7 +224,7 @@ def test_histogram_against_the_sorted_values(values_s: list[float], split: int) 
 
 def test_no_value_no_figures() -> None:
     histogram = Histogram()
-    histogram.add_all(np.array([]))
+    histogram.extend([])
     assert histogram.distribution() is None
 
 
@@ -425,7 +424,7 @@ def test_the_warm_up_is_in_no_figure_again() -> None:
 @given(VALUES)
 def test_a_cdf_is_short_and_rises_to_one(values_s: list[float]) -> None:
     histogram = Histogram()
-    histogram.add_all(np.array(values_s))
+    histogram.extend(values_s)
     cdf = histogram.cdf()
     assert cdf is not None
     assert len(cdf.values_s) == len(cdf.shares) <= CDF_POINTS
