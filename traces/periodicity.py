@@ -128,7 +128,8 @@ def _describe(
     service: Service | None, rows: pl.DataFrame, calendar: _Calendar, zone: ZoneInfo, level: float
 ) -> Periodicity:
     hours = len(calendar.clock_hour)
-    place = np.floor((view(rows["received_at"]) - calendar.first_s) / HOUR_S).astype(np.int64)
+    # Rounding may put a stamp just below an hour's end into the hour after it.
+    place = np.minimum(np.floor((view(rows["received_at"]) - calendar.first_s) / HOUR_S).astype(np.int64), hours - 1)
     counts = np.bincount(place, minlength=hours)
     first, last = (0 if calendar.has_whole_ends[0] else 1), (hours if calendar.has_whole_ends[1] else hours - 1)
     whole = slice(first, max(first, last))

@@ -103,6 +103,7 @@ RUBBISH: dict[str, list[TraceRecord]] = {
     "not a number": [record(math.nan), record(math.inf), record(4.0, elapsed_s=math.nan, ttft_s=math.inf)],
     "negative": [record(4.0, request_tokens=-5, response_tokens=-1, elapsed_s=-3.0), record(-1e6, request_tokens=1)],
     "huge": [record(4.0, request_tokens=2**62, elapsed_s=1e300), record(5.0, response_tokens=2**62)],
+    "just before the epoch": [record(-3.6e-86)],  # less its hour's start it is the hour's end
     "the last year": [record(253402300799.0, elapsed_s=1e9), record(-62135596800.0)],
 }
 
