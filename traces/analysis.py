@@ -190,9 +190,10 @@ def analyze(batches: Iterable[pl.DataFrame], options: Options | None = None, on_
         periodicity = describe_periodicity(table, zone, most_services=options.most_services)
         say("lengths")
         lengths = _lengths(table, options.most_services)
-        failures, latency = _failures_and_latency(table, episodes, options, say)
         say("arrivals")
         parts, windows = arrivals.result()
+    # These take the most memory, and are not beside anything.
+    failures, latency = _failures_and_latency(table, episodes, options, say)
     table = table.select("received_at", "elapsed_s", "request_tokens", "response_tokens")
     say("load")
     load = load_over_time(table)

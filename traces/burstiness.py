@@ -65,8 +65,8 @@ DISPERSION_BINS: Final = 20
 SHORT_GAP_S: Final = 1e-5
 """Stamps are kept to a microsecond, some coarser: of a shorter gap it is only known that it is that short."""
 THREADS: Final = 2
-CHUNK_ROWS: Final = 1_000_000
-CHUNK_CELLS: Final = 4_000_000
+CHUNK_ROWS: Final = 300_000
+CHUNK_CELLS: Final = 2_000_000
 """Windows are fitted so many requests, and so many places for a gap, at a time."""
 LEVELS: Final = 5
 """Halves of an octave that a detrended rate may lie from its window's."""

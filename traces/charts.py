@@ -22,9 +22,11 @@ from traces.failures import Group, LoadEffect, Rate, Span
 from traces.latency import LatencyBin
 from traces.load import Load
 from traces.periodicity import Box, Periodicity
-from traces.table import clock_s
+from traces.table import Service, clock_s
 
 SHOWN_SERVICES: Final = 4
+MIN_SHOWN: Final = 50
+"""Requests under which a service has no figures of its own."""
 WEEKDAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 Mark = Literal["line", "step", "bar", "box", "heat"]
@@ -106,7 +108,8 @@ def _work_day(analysis: Analysis) -> Iterator[Chart]:
 
 
 def _periodicity(analysis: Analysis) -> Iterator[Chart]:
-    for place, each in enumerate(analysis.periodicity[: SHOWN_SERVICES + 1]):
+    shown = [each for each in analysis.periodicity[: SHOWN_SERVICES + 1] if _is_shown(each.service)]
+    for place, each in enumerate(shown):
         name = service_name(each.service)
         suffix = "" if place == 0 else f"_{place}"
         yield _weeks(each, name, suffix)
@@ -120,7 +123,7 @@ def _periodicity(analysis: Analysis) -> Iterator[Chart]:
     bound = next((each.autocorrelation_bound for each in whole), None)
     rows = [
         (service_name(each.service), float(lag), value)
-        for each in analysis.periodicity[: SHOWN_SERVICES + 1]
+        for each in shown
         for lag, value in enumerate(each.autocorrelation)
     ]
     yield Chart(
@@ -131,6 +134,10 @@ def _periodicity(analysis: Analysis) -> Iterator[Chart]:
         _table(rows, {"service": pl.String, "lag_hours": pl.Float64, "autocorrelation": pl.Float64}),
         x="lag_hours", y="autocorrelation", by="service",
     )  # fmt: skip
+
+
+def _is_shown(service: Service | None) -> bool:
+    return service is None or service.requests >= MIN_SHOWN
 
 
 def _weeks(each: Periodicity, name: str, suffix: str) -> Chart:
@@ -166,7 +173,7 @@ def _lengths(analysis: Analysis) -> Iterator[Chart]:
         rows = []
         for each in analysis.lengths[: SHOWN_SERVICES + 1]:
             histogram = getattr(each.lengths, side).histogram
-            if histogram is not None:
+            if histogram is not None and _is_shown(each.service):
                 total = sum(histogram.counts)
                 edges = zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False)
                 rows += [(service_name(each.service), max(low, 0.5), high, n, n / total) for low, high, n in edges]
@@ -179,7 +186,7 @@ def _lengths(analysis: Analysis) -> Iterator[Chart]:
             two = f"; two modes, about {modes.low_tokens:,.0f} and {modes.high_tokens:,.0f}"
         yield Chart(
             f"lengths_{side}", f"{side.capitalize()} lengths",
-            "Share of requests in bins of equal width on the log scale: a straight fall is Zipf's, a hill"
+            "Share of requests in bins of equal width on the log scale: a fall from the left on is Zipf's, a hill"
             f" lognormal{fit}{two}.",
             "tokens", "share of requests",
             _table(rows, {"service": pl.String, "tokens": pl.Float64, "below": pl.Float64, "requests": pl.Int64,
