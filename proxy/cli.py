@@ -1,6 +1,6 @@
 """The `burstgate` command: parses, wires, reports. Exit status 0 good, 1 failed, 2 wrong usage or configuration.
 
-Of a replay also 3, when it was itself the bottleneck.
+Of a replay also 3, when it was itself the bottleneck; of a comparison, when it cannot be told.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from proxy.settings import Loaded, Settings
     from replay.metrics import Summary
     from replay.runner import ReplayOptions
+    from traces.analysis import Analyzed
     from traces.profile import WorkloadProfile
 
 app = typer.Typer(
@@ -519,6 +520,259 @@ def _whole(output: Path) -> Iterator[BinaryIO]:
         raise OSError(error.errno, error.strerror, str(output)) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def _operand(text: str, timezone: str | None) -> tuple[Path | None, Any]:
+    """A trace file, or a selection of the database: origin=client,from=2026-11-01,to=2026-11-08."""
+    if Path(text).exists() or "=" not in text:
+        return Path(text), _selection(None, None, None, None, None, None, None, None)
+    names = ("from", "to", "model", "session", "outcome", "origin", "log-type", "run-id")
+    given: dict[str, list[str]] = {}
+    for part in text.split(","):
+        name, is_pair, value = part.strip().partition("=")
+        if name not in names or not is_pair:
+            raise ConfigError(f"{text!r}: no such file, and as a selection {part!r} is none of {', '.join(names)}")
+        given.setdefault(name, []).append(value)
+    first, last = (given.get(name, [None])[-1] for name in ("from", "to"))
+    return None, _selection(
+        given.get("model"), given.get("session"), given.get("outcome"), given.get("origin"), given.get("log-type"),
+        given.get("run-id"), _stamp(first, timezone, "from"), _stamp(last, timezone, "to"),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _rows(
+    trace: Path | None,
+    selection: Any,
+    format: str | None,
+    timezone: str | None,
+    day_zero: datetime.datetime | None,
+    database: tuple[Path | None, Path | None, str | None],
+) -> Iterator[Iterator[Any]]:
+    """The batches of a trace file, or of the database of (config, data_dir, database_url), that match."""
+    from storage.query import matching, read_batches
+    from traces.codec import read_trace
+    from traces.table import READS
+
+    if trace is not None:
+        clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone or "UTC")
+        batches = read_trace(trace, format=format, clock=clock, fields=(*READS, "run_id"))
+        yield (matching(batch, selection) for batch in batches)
+        return
+    with _database(*database) as engine:
+        yield read_batches(engine, selection)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    """Says on a terminal's standard error what is being done."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("reading") as status:
+        yield status.update
+
+
+def _write_json(path: Path, value: object) -> None:
+    with _whole(path) as stream:
+        stream.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+TraceOrDatabase = Annotated[Path | None, typer.Argument(help="A trace file; without it, the database.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write everything as JSON; - is standard output.")]
+Objective = Annotated[
+    float, typer.Option("--availability", help="Share of valid requests that must not fail: the error budget.")
+]
+
+
+@app.command()
+def analyze(
+    trace: TraceOrDatabase = None,
+    json: JsonFile = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page that opens offline.")] = None,
+    csv_dir: Annotated[Path | None, typer.Option(help="Folder for each figure's numbers as CSV.")] = None,
+    slo: Annotated[
+        str | None,
+        typer.Option("--slo", help="Bounds in seconds, as ttft=0.5,tpot=0.05,e2e=10,queue=1; gives goodput."),
+    ] = None,
+    availability: Objective = 0.999,
+    services: Annotated[int, typer.Option(help="Models and log types described one by one: the largest.")] = 8,
+    format: Format = None,
+    timezone: Timezone = None,
+    day_zero: DayZero = None,
+    start: From = None,
+    end: To = None,
+    model: Models = None,
+    session: Sessions = None,
+    outcome: Outcomes = None,
+    origin: Origins = None,
+    log_type: LogTypes = None,
+    run_id: Runs = None,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Burstiness, periods, lengths, conversations, load, failures and latency of a trace file or of the database."""
+    from traces.analysis import Options, check_options, parse_bounds
+    from traces.analysis import analyze as analyzed
+    from traces.analysis_report import render
+
+    _known_format(format)
+    _known_timezone(timezone)
+    try:
+        bounds_s = {} if slo is None else parse_bounds(slo)
+        options = Options(zone=timezone or "UTC", slo=availability, bounds_s=bounds_s, most_services=services)
+        check_options(options)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
+    for path in (json, html):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{path}: no such directory")
+    selection = _selection(
+        model, session, outcome, origin, log_type, run_id,
+        _stamp(start, timezone, "--from"), _stamp(end, timezone, "--to"),
+    )  # fmt: skip
+    with (
+        _progress() as say,
+        _rows(trace, selection, format, timezone, day_zero, (config, data_dir, database_url)) as batches,
+    ):
+        found = analyzed(batches, options, say)
+    if json != Path("-"):
+        render(found.analysis, Console(highlight=False, width=None if sys.stdout.isatty() else 150))
+    if json is not None:
+        _write_json(json, found.analysis)
+    if html is not None:
+        from replay.analysis_page import page
+
+        with _whole(html) as stream:
+            stream.write(page(found.analysis))
+    if csv_dir is not None:
+        _write_tables(csv_dir, found)
+
+
+def _write_tables(folder: Path, found: Analyzed) -> None:
+    """A CSV for each figure, and windows.csv with every window that was fitted."""
+    from traces.charts import charts
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {chart.name: chart.table for chart in charts(found.analysis)}
+    for name, table in (*tables.items(), ("windows", found.windows)):
+        with _whole(folder / f"{name}.csv") as stream:
+            table.write_csv(stream)
+
+
+@app.command()
+def failures(
+    trace: TraceOrDatabase = None,
+    json: JsonFile = None,
+    availability: Objective = 0.999,
+    format: Format = None,
+    timezone: Timezone = None,
+    day_zero: DayZero = None,
+    start: From = None,
+    end: To = None,
+    model: Models = None,
+    session: Sessions = None,
+    outcome: Outcomes = None,
+    origin: Origins = None,
+    log_type: LogTypes = None,
+    run_id: Runs = None,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Where, when and under what load requests fail, of a trace file or of the database; in a pager on a terminal."""
+    from traces.analysis import Options, analyze_failures, check_options
+    from traces.analysis_report import render_failures
+
+    _known_format(format)
+    _known_timezone(timezone)
+    try:
+        options = Options(zone=timezone or "UTC", slo=availability)
+        check_options(options)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
+    selection = _selection(
+        model, session, outcome, origin, log_type, run_id,
+        _stamp(start, timezone, "--from"), _stamp(end, timezone, "--to"),
+    )  # fmt: skip
+    with (
+        _progress() as say,
+        _rows(trace, selection, format, timezone, day_zero, (config, data_dir, database_url)) as batches,
+    ):
+        source, found = analyze_failures(batches, options, say)
+    if json is not None:
+        _write_json(json, found)
+    if json != Path("-"):
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        with console.pager() if sys.stdout.isatty() else contextlib.nullcontext():
+            render_failures(source, found, console)
+
+
+@app.command()
+def compare(
+    a: Annotated[
+        str, typer.Argument(help="A trace file, or of the database as from=2026-11-01,to=2026-11-08,origin=client.")
+    ],
+    b: Annotated[str, typer.Argument(help="The other one, set against the first.")],
+    json: JsonFile = None,
+    confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
+    rounds: Annotated[int, typer.Option(help="Resamplings of the bootstrap.")] = 400,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    block: Annotated[float, typer.Option(help="Seconds that arrivals and failures are resampled in.")] = 1200.0,
+    arrival_tolerance: Annotated[float, typer.Option(help="Relative difference of rates, CV and dispersion.")] = 0.1,
+    length_tolerance: Annotated[float, typer.Option(help="Relative difference of token lengths.")] = 0.05,
+    session_tolerance: Annotated[float, typer.Option(help="Relative difference of turns and gaps.")] = 0.1,
+    latency_tolerance: Annotated[float, typer.Option(help="Relative difference of latencies.")] = 0.1,
+    failure_tolerance: Annotated[float, typer.Option(help="Difference of the shares of failures.")] = 0.005,
+    ks_tolerance: Annotated[float, typer.Option(help="Distance of distributions (KS).")] = 0.05,
+    format: Format = None,
+    timezone: Timezone = None,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Is B as A? Arrivals, lengths, sessions, failures, latency.
+
+    Exit status: 0 the same, 1 different, 2 a trace cannot be read or wrong usage, 3 too few requests to tell.
+    """
+    from traces.analysis_report import render_comparison
+    from traces.compare import Options, Verdict, check_options
+    from traces.compare import compare as compared
+    from traces.table import collect
+
+    _known_format(format)
+    _known_timezone(timezone)
+    options = Options(
+        seed=seed, rounds=rounds, confidence=confidence, block_s=block, arrival_tolerance=arrival_tolerance,
+        length_tolerance=length_tolerance, session_tolerance=session_tolerance, latency_tolerance=latency_tolerance,
+        failure_tolerance=failure_tolerance, ks_tolerance=ks_tolerance,
+    )  # fmt: skip
+    try:
+        check_options(options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    tables = []
+    with _progress() as say:
+        try:
+            for operand in (a, b):
+                say(f"reading {operand}")
+                path, selection = _operand(operand, timezone)
+                with _rows(path, selection, format, timezone, None, (config, data_dir, database_url)) as batches:
+                    tables.append(collect(batches).table)
+        except OSError as error:  # status 1 says that the traces differ
+            raise ConfigError(f"{error.filename}: {error.strerror}" if error.strerror else str(error)) from None
+        except (ValueError, DatabaseUnavailable, SchemaError) as error:
+            raise ConfigError(str(error)) from None
+        say("comparing")
+        found = compared(tables[0], tables[1], options)
+    if json is not None:
+        _write_json(json, found)
+    if json != Path("-"):
+        render_comparison(found, a, b, Console(highlight=False, width=None if sys.stdout.isatty() else 150))
+    if status := {Verdict.SAME: 0, Verdict.DIFFERENT: 1, Verdict.UNKNOWN: 3}[found.verdict]:
+        raise typer.Exit(status)
 
 
 def _read_profile(path: Path) -> WorkloadProfile:

@@ -43,8 +43,10 @@ def page(summary: Summary) -> bytes:
 def fill(template: str, figures: list[dict[str, Any]], data: dict[str, object], **values: object) -> bytes:
     """A page of the frame, UTF-8.
 
-    figures: as those of `figures_of`, `x_log` and `y_log` where an axis is logarithmic. data: what the page holds as
-    JSON, by the id of its element. values: the template's own; text in them is escaped.
+    figures: as those of `figures_of`; `x_log` and `y_log` where an axis is logarithmic, `x_text` and `y_text` where it
+    is of names, `is_free` where y need not begin at 0, `note` with a sentence, `csv` with its table's address and
+    `name` its file's. data: what the page holds as JSON, by the id of its
+    element. values: the template's own; text in them is escaped.
     """
     from jinja2 import Environment, FileSystemLoader
     from plotly.offline import get_plotlyjs
@@ -52,7 +54,9 @@ def fill(template: str, figures: list[dict[str, Any]], data: dict[str, object], 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     shown = [{"id": f"f{number}", **each} for number, each in enumerate(figures)]
-    data = {**data, "figures": [each for each in shown if each["traces"]]}
+    # The page's own element has the CSV.
+    drawn = [{key: value for key, value in each.items() if key != "csv"} for each in shown if each["traces"]]
+    data = {**data, "figures": drawn}
     text = environment.get_template(template).render(
         figures=shown,
         data=[(name, _json(value)) for name, value in data.items()],

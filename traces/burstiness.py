@@ -65,8 +65,8 @@ DISPERSION_BINS: Final = 20
 SHORT_GAP_S: Final = 1e-5
 """Stamps are kept to a microsecond, some coarser: of a shorter gap it is only known that it is that short."""
 THREADS: Final = 2
-CHUNK_ROWS: Final = 1_000_000
-CHUNK_CELLS: Final = 4_000_000
+CHUNK_ROWS: Final = 300_000
+CHUNK_CELLS: Final = 2_000_000
 """Windows are fitted so many requests, and so many places for a gap, at a time."""
 LEVELS: Final = 5
 """Halves of an octave that a detrended rate may lie from its window's."""
@@ -221,8 +221,12 @@ def fit_windows(
     detrend: bool = False,
     whole_seconds: bool | None = None,
     min_gaps: int = MIN_GAPS,
+    most_fits: int | None = None,
 ) -> pl.DataFrame:
     """A row for each window with a request, in order of time; null for what is not defined there.
+
+    most_fits: of more windows, every k-th is fitted, k odd and no multiple of 3, so that all times of the hour and the
+    day are among them; the others have their requests, gaps and cv. None fits all.
 
     detrend: each gap counts times the rate at its middle: the requests of three windows around, linear between the
     middles of windows, and scaled so that the window's mean gap stays. A rate that climbs through a window is then
@@ -241,6 +245,9 @@ def fit_windows(
     number, requests = _runs(np.floor_divide(stamps_s, window_s).astype(np.int64))
     trend = _trend(number, requests) if detrend else None
     row = np.concatenate(([0], np.cumsum(requests)))
+    every = 1
+    while most_fits is not None and (len(number) > most_fits * every or every % 2 == 0 or every % 3 == 0):
+        every += 1
     most_windows = max(1, CHUNK_CELLS // (window_s + 3) // (LEVELS if detrend else 1))
     chunks = []
     first = 0
@@ -253,7 +260,8 @@ def fit_windows(
     def fit(here: slice) -> pl.DataFrame:
         part = stamps_s[row[here.start] : row[here.stop]]
         around = None if trend is None else trend[:, here]
-        return _fit(_Windows(part, number[here], requests[here], window_s, is_whole, around), min_gaps)
+        is_asked = number[here] % every == 0
+        return _fit(_Windows(part, number[here], requests[here], window_s, is_whole, around), min_gaps, is_asked)
 
     # numpy and scipy compute without the interpreter's lock.
     with ThreadPoolExecutor(THREADS) as pool:
@@ -272,7 +280,8 @@ class _Windows:
     trend: Array | None
 
 
-def _fit(windows: _Windows, min_gaps: int) -> pl.DataFrame:
+def _fit(windows: _Windows, min_gaps: int, is_asked: NDArray[np.bool_]) -> pl.DataFrame:
+    """is_asked: shape (windows,), which to fit."""
     from scipy.special import chdtr, chdtrc  # type: ignore[import-untyped]
 
     requests, gaps = windows.requests, windows.requests - 1
@@ -299,7 +308,7 @@ def _fit(windows: _Windows, min_gaps: int) -> pl.DataFrame:
     has_cv = (gaps > 1) & (mean_s > 0)
     cv = np.sqrt(off / np.maximum(gaps, 1)) / np.where(has_cv, mean_s, 1)
 
-    is_fitted = has_cv & (gaps >= min_gaps)
+    is_fitted = has_cv & (gaps >= min_gaps) & is_asked
     fitted = np.flatnonzero(is_fitted)
     n, m = gaps[fitted], mean_s[fitted]
     here = is_fitted[place]

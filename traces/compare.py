@@ -156,7 +156,7 @@ def compare(a: pl.DataFrame, b: pl.DataFrame, options: Options | None = None) ->
     Raises ValueError for options that are out of range.
     """
     options = options or Options()
-    _check(options)
+    check_options(options)
     rng = np.random.default_rng(options.seed)
     blocks = [_block_figures(table, options, rng) for table in (a, b)]
     axes = (
@@ -170,7 +170,8 @@ def compare(a: pl.DataFrame, b: pl.DataFrame, options: Options | None = None) ->
     return Comparison(verdict, a.height, b.height, axes, options)
 
 
-def _check(options: Options) -> None:
+def check_options(options: Options) -> None:
+    """Raises ValueError naming the option that is out of range."""
     for name, value in msgspec.structs.asdict(options).items():
         if name == "seed":
             is_good, rule = value >= 0, "0 or more"

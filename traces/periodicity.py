@@ -128,7 +128,8 @@ def _describe(
     service: Service | None, rows: pl.DataFrame, calendar: _Calendar, zone: ZoneInfo, level: float
 ) -> Periodicity:
     hours = len(calendar.clock_hour)
-    place = np.floor((view(rows["received_at"]) - calendar.first_s) / HOUR_S).astype(np.int64)
+    # Rounding may put a stamp just below an hour's end into the hour after it.
+    place = np.minimum(np.floor((view(rows["received_at"]) - calendar.first_s) / HOUR_S).astype(np.int64), hours - 1)
     counts = np.bincount(place, minlength=hours)
     first, last = (0 if calendar.has_whole_ends[0] else 1), (hours if calendar.has_whole_ends[1] else hours - 1)
     whole = slice(first, max(first, last))
@@ -227,7 +228,8 @@ def dominant_periods(counts: Ints, bin_s: float, *, level: float = 0.001, most: 
     shape = 1 - share + share * (1 - decay**2) / (1 + decay**2 - 2 * decay * turn)
     reach = min(301, len(power) // 2 * 2 - 1)
     padded = np.pad(power / shape, reach // 2, mode="reflect")
-    noise = np.median(np.lib.stride_tricks.sliding_window_view(padded, reach), axis=1) / np.log(2) * shape
+    medians = pl.Series(padded).rolling_median(reach).to_numpy()[reach - 1 :]
+    noise = medians / np.log(2) * shape
     ratio = np.divide(power, noise, out=np.full(len(power), np.inf), where=noise > 0)
     p_values = -np.expm1(len(power) * np.log1p(-np.minimum(np.exp(-ratio), 1 - 1e-16)))
     found = []

@@ -239,35 +239,36 @@ def render(summary: Summary, console: Console) -> None:
     console.print(_breakdown("By log type", summary.by_log_type, len(summary.by_log_type)))
 
 
-def _table(title: str, caption: str | None = None) -> Table:
+def plain_table(title: str, caption: str | None = None) -> Table:
+    """An empty table for a terminal."""
     return Table(
         title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False
     )
 
 
 def _overview(summary: Summary) -> Table:
-    table = _table("Trace")
+    table = plain_table("Trace")
     table.add_column("")
     table.add_column("value", justify="right")
     table.add_column("what it is")
     for row in (
-        ("requests", _number(summary.requests), "rows of the trace, failed ones too"),
-        ("first", _stamp(summary.first_received_at), "earliest submission, UTC"),
-        ("last", _stamp(summary.last_received_at), "latest submission, UTC"),
-        ("span", _number(summary.span_s, " s"), "from the first to the last"),
-        ("mean rate", _number(summary.rate_rps, " req/s"), "requests / span"),
-        ("mean gap", _number(summary.iat_mean_s, " s"), "between one submission and the next"),
-        ("CV of gaps", _number(summary.iat_cv), "std / mean: 1 as Poisson, > 1 bursty"),
-        ("sessions", _number(summary.sessions), "different session ids (conversations)"),
-        ("failures", _number(summary.failures), "requests whose outcome is not ok"),
-        ("failure rate", _percent(summary.failure_rate), "failures / requests"),
+        ("requests", shown_number(summary.requests), "rows of the trace, failed ones too"),
+        ("first", shown_stamp(summary.first_received_at), "earliest submission, UTC"),
+        ("last", shown_stamp(summary.last_received_at), "latest submission, UTC"),
+        ("span", shown_number(summary.span_s, " s"), "from the first to the last"),
+        ("mean rate", shown_number(summary.rate_rps, " req/s"), "requests / span"),
+        ("mean gap", shown_number(summary.iat_mean_s, " s"), "between one submission and the next"),
+        ("CV of gaps", shown_number(summary.iat_cv), "std / mean: 1 as Poisson, > 1 bursty"),
+        ("sessions", shown_number(summary.sessions), "different session ids (conversations)"),
+        ("failures", shown_number(summary.failures), "requests whose outcome is not ok"),
+        ("failure rate", shown_percent(summary.failure_rate), "failures / requests"),
     ):
         table.add_row(*row)
     return table
 
 
 def _tokens(summary: Summary) -> Table:
-    table = _table(
+    table = plain_table(
         "Tokens, over successful requests whose count is known",
         "request: the prompt; p90: nine of ten have this many or fewer",
     )
@@ -276,46 +277,47 @@ def _tokens(summary: Summary) -> Table:
         table.add_column(heading, justify="right")
     for name, stats in (("request", summary.request_tokens), ("response", summary.response_tokens)):
         values = (stats.requests, stats.mean, stats.p50, stats.p90, stats.p99, stats.max, stats.sum)
-        table.add_row(name, *map(_number, values))
+        table.add_row(name, *map(shown_number, values))
     return table
 
 
 def _outcomes(summary: Summary) -> Table:
-    table = _table("How requests ended")
+    table = plain_table("How requests ended")
     table.add_column("outcome")
     table.add_column("requests", justify="right")
     table.add_column("share", justify="right")
     for outcome, requests in summary.by_outcome.items():
-        table.add_row(outcome, _number(requests), _percent(requests / summary.requests))
+        table.add_row(outcome, shown_number(requests), shown_percent(requests / summary.requests))
     return table
 
 
 def _breakdown(title: str, groups: Sequence[GroupStats], known: int) -> Table:
     hidden = f" ({known - len(groups):,} more are not shown)" if known > len(groups) else ""
-    table = _table(title, f"in, out: request and response tokens, as above{hidden}")
+    table = plain_table(title, f"in, out: request and response tokens, as above{hidden}")
     table.add_column("", min_width=16, overflow="fold")
     for heading in ("requests", "failures", "failed", "in p50 / p99", "out p50 / p99"):
         table.add_column(heading, justify="right")
     for group in groups:
         table.add_row(
-            "(unknown)" if group.name is None else _one_line(group.name),
-            *map(_number, (group.requests, group.failures)),
-            _percent(group.failure_rate),
+            "(unknown)" if group.name is None else one_line(group.name),
+            *map(shown_number, (group.requests, group.failures)),
+            shown_percent(group.failure_rate),
             *(
-                f"{_number(stats.p50)} / {_number(stats.p99)}" if stats.requests else "-"
+                f"{shown_number(stats.p50)} / {shown_number(stats.p99)}" if stats.requests else "-"
                 for stats in (group.request_tokens, group.response_tokens)
             ),
         )
     return table
 
 
-def _one_line(name: str) -> str:
+def one_line(name: str) -> str:
     """A name that clients chose, safe for a terminal: no control characters, no markup, no line of its own length."""
     text = "".join(character if character.isprintable() else "?" for character in name)
     return escape(text if len(text) <= 60 else f"{text[:60]}...")
 
 
-def _number(value: float | None, unit: str = "") -> str:
+def shown_number(value: float | None, unit: str = "") -> str:
+    """A figure for people; - where it is unknown."""
     if value is None:
         return "-"
     if isinstance(value, int):
@@ -323,10 +325,12 @@ def _number(value: float | None, unit: str = "") -> str:
     return f"{value:,.3f}{unit}" if abs(value) >= 1 else f"{value:.3g}{unit}"
 
 
-def _percent(share: float | None) -> str:
+def shown_percent(share: float | None) -> str:
+    """A share for people."""
     return "-" if share is None else f"{share:.2%}"
 
 
-def _stamp(epoch_s: float | None) -> str:
+def shown_stamp(epoch_s: float | None) -> str:
+    """A stamp, UTC, to the millisecond."""
     # numpy's calendar does not end at the year 9999.
     return "-" if epoch_s is None else str(np.datetime64(round(epoch_s * 1e3), "ms")).replace("T", " ")

@@ -130,6 +130,17 @@ _SERVE = ("serve", "--upstream", DOWN, "--port", "0", "--control-port", "0")
         (["stats", "header.csv"], 1, "header.csv:1: expected"),
         (["stats", "empty.csv"], 1, "empty.csv:1: expected a header line, got an empty file"),
         (["import", "noise.csv", "--data-dir", "d"], 1, "noise.csv:1: expected a Parquet file"),
+        (["analyze", "minus.csv"], 1, "minus.csv:3: column 'Response tokens': expected an integer >= 0, got '-3'"),
+        (["analyze", "none.csv", "--html", "x.html"], 1, "none.csv: No such file or directory"),
+        (["analyze", "good.csv", "--json", "no/x"], 2, "no/x: no such directory"),
+        (["analyze", "good.csv", "--slo", "itl=1"], 2, "--slo: expected each of ttft, tpot, e2e, queue at most once"),
+        (["analyze", "good.csv", "--availability", "1"], 2, "--availability: expected a share above 0 and below 1"),
+        (["failures", "empty.csv"], 1, "empty.csv:1: expected a header line, got an empty file"),
+        (["failures", "--data-dir", "nowhere"], 2, "nowhere: no burstgate.db there"),
+        (["compare", "good.csv", "none.csv"], 2, "none.csv: No such file or directory"),
+        (["compare", "good.csv", "minus.csv"], 2, "minus.csv:3: column 'Response tokens': expected"),
+        (["compare", "good.csv", "day=1"], 2, "'day=1': no such file, and as a selection 'day=1' is none of from, to"),
+        (["compare", "good.csv", "good.csv", "--rounds", "1"], 2, "compare: rounds: expected 20 to 100,000, got 1"),
         (["stats", "none.csv"], 1, "none.csv: No such file or directory"),
         (["stats", "/"], 1, "/: Is a directory"),
         ([*_REPLAY, "none.csv"], 1, "none.csv: No such file or directory"),
@@ -226,6 +237,36 @@ def test_import_stats_export_and_back(run: Run, tmp_path: Path) -> None:
     assert (status, json.loads(out)["requests"]) == (0, 2)
     status, out, _ = run("stats", "out.csv")
     assert (status, "ChatGPT" in out) == (0, True)
+
+
+def test_analyze_failures_and_compare_of_files_and_the_database(run: Run, tmp_path: Path) -> None:
+    arrivals = ("generate", "--process", "poisson", "--rate", "2", "--duration", "7200", "--start", "0")
+    assert run(*arrivals, "--seed", "1", "-o", "a.csv")[0] == 0
+    assert run(*arrivals, "--seed", "2", "-o", "b.csv")[0] == 0
+    assert run("import", "a.csv", "--data-dir", "d")[0] == 0
+    status, out, err = run("analyze", "a.csv", "--json", "-")
+    of_file = json.loads(out)
+    assert (status, err) == (0, "")
+    assert json.loads(run("analyze", "--data-dir", "d", "--json", "-")[1]) == of_file
+    status, out, err = run("analyze", "a.csv", "--timezone", "Europe/Rome", "--slo", "e2e=1")
+    assert (status, err) == (0, "")
+    assert all(word in out for word in ("Burstiness", "Periods (Europe/Rome)", "Conversations", "goodput"))
+    status, out, err = run("failures", "a.csv", "--json", "f.json")
+    assert (status, err, out.splitlines()[0].strip()) == (0, "", "Failures")
+    assert json.loads((tmp_path / "f.json").read_text()) == of_file["failures"]
+
+    # Two hours of the same process, told apart by nothing; fixed lengths are the same, a tenth more requests is not.
+    loose = ("--arrival-tolerance", "0.5", "--ks-tolerance", "0.2")
+    status, out, err = run("compare", "a.csv", "b.csv", *loose)
+    assert (status, err, out.split(":")[0]) == (0, "", "SAME"), out
+    status, out, err = run("compare", "run-id=a,from=0,to=3600", "b.csv", "--data-dir", "d", *loose, "--json", "-")
+    assert (status, err) == (0, "")
+    stamps_s = [float(line.split(",")[0]) for line in (tmp_path / "a.csv").read_text().splitlines()[1:]]
+    assert json.loads(out)["a_requests"] == sum(stamp_s < 3600 for stamp_s in stamps_s)
+    assert run(*arrivals[:4], "4", *arrivals[5:], "--seed", "3", "-o", "c.csv")[0] == 0
+    assert run("compare", "a.csv", "c.csv", *loose)[0] == 1
+    assert run("generate", "--process", "poisson", "--rate", "2", "--rows", "9", "-o", "few.csv")[0] == 0
+    assert run("compare", "few.csv", "few.csv")[0] == 3
 
 
 def test_a_failed_export_leaves_the_old_file(run: Run, tmp_path: Path) -> None:
