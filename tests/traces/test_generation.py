@@ -47,7 +47,7 @@ def source(seed: int, starts: int = 6000) -> pl.DataFrame:
             rows.append((at_s, f"s{session}", request, "big", "Conversation log"))
             at_s += float(rng.lognormal(3.5, 0.8))
             request = request + int(rng.lognormal(5, 0.7)) if rng.random() < 0.9 else max(1, request // 3)
-    calls_s = np.cumsum(rng.gamma(0.3, 1 / 0.3 / 4.0, int(end_s * 4)))
+    calls_s = np.cumsum(rng.gamma(0.3, 1 / 0.3 / 4.0, int(end_s * 4.4)))
     rows += [(float(at_s), None, int(rng.lognormal(6, 0.8)) + 1, "small", "API log") for at_s in calls_s]
     frame = pl.DataFrame(
         rows, schema=["received_at", "session_id", "request_tokens", "model", "log_type"], orient="row"
