@@ -1,8 +1,9 @@
 """A trace out of a WorkloadProfile, or out of an arrival process and lengths: batches in order of time.
 
-    profile     each service's arrivals follow its slots, with the shape by moments, so that the CV of gaps is the
-                trace's; a session's turns follow its start. What went on before the start is generated too and left
-                out, so that the rate is the same from the first second on (within BURN_IN_ROWS).
+    profile     each service's arrivals follow its slots, with the shape by moments or as its bursts say, so that the
+                CV of gaps and counts in windows are the trace's; a session's turns follow its start. What went on
+                before the start is generated too and left out, so that the rate is the same from the first second on
+                (within BURN_IN_ROWS).
     process     one process is the arrivals of all requests together; there are no sessions
 
 Turns, gaps and growth are drawn apart from each other; request and response lengths are drawn as pairs. Each service
@@ -21,7 +22,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from traces.arrivals import MAX_RATE_RPS, Process, Segment, arrival_times_s, take_until
+from traces.arrivals import CHUNK, MAX_RATE_RPS, Process, Segment, arrival_times_s, take_until
 from traces.batch import complete_batch
 from traces.burstgpt import request_ids
 from traces.profile import (
@@ -39,7 +40,7 @@ from traces.profile import (
     WorkloadProfile,
 )
 from traces.record import LogType, Origin, Outcome, TokenSource
-from traces.swings import COMMON_HOLD_S, HOLDS_S, Bursts, Levels, level_blocks
+from traces.swings import COMMON_HOLD_S, HOLDS_S, MAX_BATCH, Bursts, Levels, level_blocks
 
 SLAB_ROWS: Final = 32_768
 """Rows generated at once, about."""
@@ -323,13 +324,16 @@ def _bursty_times_s(
     for each in arrival_times_s(segments(), arrivals):
         end_s = math.floor(hour.starts_s[0] / HOUR_S + 1) * HOUR_S
         times_s = np.interp(each, taus, np.append(hour.starts_s, end_s))
-        if bursts.batch > 1:
-            level = hour.values[np.searchsorted(hour.starts_s, times_s, side="right") - 1]
-            more = (bursts.batch - 1) * level
-            if bursts.batch_variance:
-                more *= sizes.gamma(1 / bursts.batch_variance, bursts.batch_variance, len(more))
-            times_s = np.repeat(times_s, 1 + np.floor(more + sizes.random(len(more))).astype(np.int64))
-        yield times_s
+        if bursts.batch == 1:
+            yield times_s
+            continue
+        more = (bursts.batch - 1) * hour.values[np.searchsorted(hour.starts_s, times_s, side="right") - 1]
+        if bursts.batch_variance:
+            more *= sizes.gamma(1 / bursts.batch_variance, bursts.batch_variance, len(more))
+        rows = np.minimum(1 + np.floor(more + sizes.random(len(more))), MAX_BATCH).astype(np.int64)
+        step = max(1, int(CHUNK / bursts.batch))
+        for here in range(0, len(rows), step):
+            yield np.repeat(times_s[here : here + step], rows[here : here + step])
 
 
 class _Rows:

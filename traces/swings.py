@@ -42,7 +42,10 @@ MIN_WINDOWS: Final = 4
 MIN_GAPS: Final = 50
 """Gaps that a shape is fitted on, at least."""
 MAX_VARIANCE: Final = 1e3
-MAX_BATCH: Final = 1e6
+MIN_VARIANCE: Final = 1e-3
+"""A level that swings by 3 % is none."""
+MAX_BATCH: Final = 1e5
+"""Rows of one stamp, at most."""
 SHORT_GAP_S: Final = 0.002
 """Stamps of whole milliseconds leave no shorter gap but 0; gaps of 0 are batches where they are ZERO_GAPS times as many
 as those above 0 and up to here."""
@@ -62,6 +65,7 @@ class Swing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One level of the rate."""
 
     hold_s: float
+    """One of HOLDS_S."""
     variance: float
     """Relative to the square of the mean."""
     is_on_off: bool = False
@@ -272,7 +276,7 @@ def _swings(holds_s: Sequence[float], found: Sequence[_Excess], span_s: float) -
     return tuple(
         Swing(hold_s, float(variance), excess.is_on_off)
         for (hold_s, excess), variance in zip(seen, variances, strict=True)
-        if variance > 1e-3
+        if variance > MIN_VARIANCE
     )
 
 
@@ -338,8 +342,8 @@ def level_blocks(swings: Sequence[Swing], seeds: Sequence[np.random.SeedSequence
         result: Array = gammaincinv(1 / swing.variance, ranks) * swing.variance
         return result
 
-    swings = [swing for swing in swings if swing.variance]
-    places = [int(np.searchsorted(HOLDS_S, swing.hold_s)) % len(HOLDS_S) for swing in swings]
+    swings = [swing for swing in swings if swing.variance > MIN_VARIANCE]
+    places = [HOLDS_S.index(swing.hold_s) for swing in swings]
     held = [
         level(swing, np.random.default_rng(seeds[place]).random(1)) for swing, place in zip(swings, places, strict=True)
     ]
