@@ -1,8 +1,9 @@
 """A trace out of a WorkloadProfile, or out of an arrival process and lengths: batches in order of time.
 
-    profile     each service's arrivals follow its slots, with the shape by moments, so that the CV of gaps is the
-                trace's; a session's turns follow its start. What went on before the start is generated too and left
-                out, so that the rate is the same from the first second on (within BURN_IN_ROWS).
+    profile     each service's arrivals follow its slots, with the shape by moments or as its bursts say, so that the
+                CV of gaps and counts in windows are the trace's; a session's turns follow its start. What went on
+                before the start is generated too and left out, so that the rate is the same from the first second on
+                (within BURN_IN_ROWS).
     process     one process is the arrivals of all requests together; there are no sessions
 
 Turns, gaps and growth are drawn apart from each other; request and response lengths are drawn as pairs. Each service
@@ -13,7 +14,7 @@ elapsed time, which nobody has spent: it is unknown. Failures keep their request
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, pairwise
 from typing import Final
 
@@ -21,7 +22,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from traces.arrivals import MAX_RATE_RPS, Process, Segment, arrival_times_s, take_until
+from traces.arrivals import CHUNK, MAX_RATE_RPS, Process, Segment, arrival_times_s, take_until
 from traces.batch import complete_batch
 from traces.burstgpt import request_ids
 from traces.profile import (
@@ -39,6 +40,7 @@ from traces.profile import (
     WorkloadProfile,
 )
 from traces.record import LogType, Origin, Outcome, TokenSource
+from traces.swings import COMMON_HOLD_S, HOLDS_S, MAX_BATCH, Bursts, Levels, level_blocks
 
 SLAB_ROWS: Final = 32_768
 """Rows generated at once, about."""
@@ -202,9 +204,10 @@ def _by_services(
         for service in profile.services
     )
     slab_s = min(SLAB_ROWS / peak_rps, MAX_SLAB_S)
+    of_services, common = seeds.spawn(len(profile.services)), seeds.spawn(len(HOLDS_S))
     streams = [
-        _Stream(number, service, profile, seed, start_s, scale, slab_s)
-        for number, (service, seed) in enumerate(zip(profile.services, seeds.spawn(len(profile.services)), strict=True))
+        _Stream(number, service, profile, seed, common, start_s, scale, slab_s)
+        for number, (service, seed) in enumerate(zip(profile.services, of_services, strict=True))
         if service.mean_rps > 0
     ]
     for number in range(1, math.ceil((end_s - start_s) / slab_s) + 1):
@@ -224,6 +227,7 @@ class _Stream:
         service: Service,
         profile: WorkloadProfile,
         seed: np.random.SeedSequence,
+        common_seeds: Sequence[np.random.SeedSequence],
         start_s: float,
         scale: float,
         slab_s: float,
@@ -237,7 +241,21 @@ class _Stream:
         burn_in_s = 0.0
         if service.sessions is not None:
             burn_in_s = min(service.sessions.span_p99_s, BURN_IN_ROWS / (service.mean_rps * scale), MAX_BURN_IN_S)
-        self._starts_s = take_until(arrival_times_s(_segments(service, start_s - burn_in_s, scale, levels), arrivals))
+        first_s = start_s - burn_in_s
+        if service.bursts is not None:
+            own = seed.spawn(len(HOLDS_S))
+            blocks = level_blocks(
+                service.bursts.swings,
+                [
+                    common if profile.has_common_levels and hold_s >= COMMON_HOLD_S else each
+                    for hold_s, common, each in zip(HOLDS_S, common_seeds, own, strict=True)
+                ],
+            )
+        self._starts_s = take_until(
+            arrival_times_s(_segments(service, first_s, scale, levels), arrivals)
+            if service.bursts is None
+            else _bursty_times_s(service, service.bursts, blocks, first_s, scale, arrivals, levels)
+        )
         for step in range(math.floor(burn_in_s / slab_s), 0, -1):
             self._begin(start_s - step * slab_s)
         self._begin(start_s)
@@ -269,10 +287,53 @@ def _segments(service: Service, start_s: float, scale: float, rng: np.random.Gen
         return
     width_s = WINDOW_S if variance else HOUR_S
     for first, last in pairwise(count(math.floor(start_s / width_s))):
-        slot = service.slots[int((first * width_s - MONDAY_S) % WEEK_S // HOUR_S) % len(service.slots)]
+        slot = _slot(service, first * width_s)
         level = rng.gamma(1 / variance, variance) if variance else 1.0
         rate_rps = min(slot.rate_rps * scale * level, MAX_RATE_RPS)
         yield Segment(max(first * width_s, start_s), last * width_s, rate_rps, slot.shape)
+
+
+def _slot(service: Service, at_s: float) -> Slot:
+    return service.slots[int((at_s - MONDAY_S) % WEEK_S // HOUR_S) % len(service.slots)]
+
+
+def _bursty_times_s(
+    service: Service,
+    bursts: Bursts,
+    levels: Callable[[float, float], Levels],
+    start_s: float,
+    scale: float,
+    arrivals: np.random.Generator,
+    sizes: np.random.Generator,
+) -> Iterator[Array]:
+    """The arrivals of a service with bursts, as `arrival_times_s` gives them: hour by hour, each in its own tau."""
+    hour, taus = Levels(np.empty(0), np.empty(0)), np.empty(0)
+
+    def segments() -> Iterator[Segment]:
+        nonlocal hour, taus
+        for first, last in pairwise(count(math.floor(start_s / HOUR_S))):
+            slot = _slot(service, first * HOUR_S)
+            hour = levels(max(first * HOUR_S, start_s), last * HOUR_S)
+            rates_rps = np.full(len(hour.values), slot.rate_rps * scale / bursts.batch)
+            if bursts.batch == 1:
+                rates_rps = np.minimum(rates_rps * hour.values, MAX_RATE_RPS)
+            ends_s = np.append(hour.starts_s[1:], last * HOUR_S)
+            taus = np.concatenate(([0.0], np.cumsum((ends_s - hour.starts_s) * rates_rps)))
+            yield Segment(0.0, float(taus[-1]), 1.0, slot.shape if bursts.shape is None else bursts.shape)
+
+    for each in arrival_times_s(segments(), arrivals):
+        end_s = math.floor(hour.starts_s[0] / HOUR_S + 1) * HOUR_S
+        times_s = np.interp(each, taus, np.append(hour.starts_s, end_s))
+        if bursts.batch == 1:
+            yield times_s
+            continue
+        more = (bursts.batch - 1) * hour.values[np.searchsorted(hour.starts_s, times_s, side="right") - 1]
+        if bursts.batch_variance:
+            more *= sizes.gamma(1 / bursts.batch_variance, bursts.batch_variance, len(more))
+        rows = np.minimum(1 + np.floor(more + sizes.random(len(more))), MAX_BATCH).astype(np.int64)
+        step = max(1, int(CHUNK / bursts.batch))
+        for here in range(0, len(rows), step):
+            yield np.repeat(times_s[here : here + step], rows[here : here + step])
 
 
 class _Rows:

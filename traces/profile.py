@@ -8,8 +8,8 @@ service with few rows, quantiles may be single rows' values.
                 UTC from Monday 0:00, or one slot where the trace is under a week): the rate, and the Gamma shape of
                 the gaps within 20-minute windows, by moments and by maximum likelihood. Stamps that are all whole
                 seconds are first spread evenly inside their second, which hides burstiness within a second.
-    level       rates of whole windows vary by more than such gaps explain: `level_variance` is that excess, relative
-                to the rate squared; each generated window multiplies its rate by Gamma(1 / v, mean 1)
+    bursts      where counts in windows of 1 s to 20 minutes vary more, or less, than such gaps explain, or where rows
+                share stamps: how the rate swings, and how many rows come together (`traces.swings`)
     lengths     quantiles of request and response tokens at LEVELS and a copula: the share of each response rank bin in
                 each request rank bin. Pairs are drawn together; a rank inside its bin is uniform.
     sessions    turns, gaps from one submission to the next, the first request's length, and quantiles of how much a
@@ -31,10 +31,23 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from traces.arrivals import MAX_RATE_RPS, SHAPE_RANGE, fit_gamma_shape
+from traces.arrivals import MAX_RATE_RPS, SHAPE_RANGE, ShapeFit, fit_gamma_shape
 from traces.record import LogType, Outcome
+from traces.swings import (
+    COMMON_HOLD_S,
+    HOLDS_S,
+    MAX_BATCH,
+    MAX_VARIANCE,
+    MIN_WINDOWS,
+    Bursts,
+    Counted,
+    fit_bursts,
+    have_common_levels,
+)
 
-VERSION: Final = 1
+VERSION: Final = 2
+READABLE: Final = (1, VERSION)
+"""Version 1 has no bursts."""
 WINDOW_S: Final = 1200.0
 """The paper's window for the shape of gaps."""
 HOUR_S: Final = 3600.0
@@ -128,10 +141,13 @@ class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     requests: int
     failure_share: float
     level_variance: float
+    """Version 1's: each 20-minute window's rate is multiplied by Gamma(1 / v, mean 1). 0 since `bursts` say it."""
     slots: tuple[Slot, ...]
     lengths: Lengths | None = None
     """None where no row that went well has both counts."""
     sessions: Sessions | None = None
+    bursts: Bursts | None = None
+    """None where arrivals are renewals with the slots' rates and shapes."""
 
     @property
     def mean_rps(self) -> float:
@@ -150,6 +166,8 @@ class WorkloadProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     has_whole_second_stamps: bool
     levels: tuple[float, ...]
     services: tuple[Service, ...]
+    has_common_levels: bool = False
+    """Whether services' slow swings are the same ones (`traces.swings`)."""
 
     @property
     def mean_rps(self) -> float:
@@ -166,8 +184,8 @@ def decode_profile(data: bytes) -> WorkloadProfile:
     """The profile in `data`. Raises ValueError naming the place, the rule and the value."""
     try:
         version = msgspec.json.decode(data, type=_Version).burstgate_profile
-        if version != VERSION:
-            raise ValueError(f"profile: burstgate_profile: expected version {VERSION}, got {version}")
+        if version not in READABLE:
+            raise ValueError(f"profile: burstgate_profile: expected version 1 to {VERSION}, got {version}")
         profile = msgspec.json.decode(data, type=WorkloadProfile)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"profile: expected the JSON that burstgate fit writes: {error}") from error
@@ -193,10 +211,27 @@ def _check(profile: WorkloadProfile) -> None:
         for slot in service.slots:
             _require(0 <= slot.rate_rps <= MAX_RATE_RPS, f"{place}.slots", f"rates of 0 to {MAX_RATE_RPS:g} requests/s")
             _require(SHAPE_RANGE[0] <= slot.shape <= SHAPE_RANGE[1], f"{place}.slots", "shapes of 0.001 to 1e6")
+        if service.bursts is not None:
+            _check_bursts(service.bursts, f"{place}.bursts")
         if service.lengths is not None:
             _check_lengths(service.lengths, levels, f"{place}.lengths")
         if service.sessions is not None:
             _check_sessions(service.sessions, levels, f"{place}.sessions")
+
+
+def _check_bursts(bursts: Bursts, place: str) -> None:
+    shape = 1.0 if bursts.shape is None else bursts.shape
+    _require(SHAPE_RANGE[0] <= shape <= SHAPE_RANGE[1], f"{place}.shape", "0.001 to 1e6, or null")
+    _require(1 <= bursts.batch <= MAX_BATCH, f"{place}.batch", f"1 to {MAX_BATCH:g} rows")
+    _require(0 <= bursts.batch_variance <= MAX_VARIANCE, f"{place}.batch_variance", f"0 to {MAX_VARIANCE:g}")
+    holds_s = [swing.hold_s for swing in bursts.swings]
+    _require(
+        _rises(holds_s) and set(holds_s) <= set(HOLDS_S),
+        f"{place}.swings",
+        f"holds of {', '.join(f'{hold_s:g}' for hold_s in HOLDS_S)} seconds, ascending",
+    )
+    for swing in bursts.swings:
+        _require(0 <= swing.variance <= MAX_VARIANCE, f"{place}.swings", f"variances of 0 to {MAX_VARIANCE:g}")
 
 
 def _check_lengths(lengths: Lengths, levels: tuple[float, ...], place: str) -> None:
@@ -273,10 +308,11 @@ def fit_profile(batches: Iterable[pl.DataFrame]) -> WorkloadProfile:
     if not first_s < last_s:
         raise ValueError(f"fit: expected rows with at least two different stamps, got {rows} rows without")
     span_s = last_s - first_s + has_whole_stamps
-    services = [
-        _fit_service(model, LogType(log_type), part, first_s, span_s, has_whole_stamps, rng)
-        for (model, log_type, _), part in _ranked(gathered).items()
-    ]
+    services, counts = [], []
+    windows = int(span_s // COMMON_HOLD_S)
+    for (model, log_type, _), of_service in _ranked(gathered).items():
+        counts.append(of_service.counts(first_s, COMMON_HOLD_S, windows))
+        services.append(_fit_service(model, LogType(log_type), of_service, first_s, span_s, has_whole_stamps, rng))
     return WorkloadProfile(
         burstgate_profile=VERSION,
         requests=rows,
@@ -284,6 +320,7 @@ def fit_profile(batches: Iterable[pl.DataFrame]) -> WorkloadProfile:
         has_whole_second_stamps=has_whole_stamps,
         levels=LEVELS,
         services=tuple(sorted(services, key=lambda s: (s.model, s.log_type, s.sessions is not None))),
+        has_common_levels=windows >= MIN_WINDOWS and have_common_levels(counts),
     )
 
 
@@ -354,6 +391,16 @@ class _Gathered:
             self._merge_starts()
             return np.sort(self._starts["received_at"].to_numpy())
         return np.sort(np.concatenate(self._stamps_s))
+
+    def counts(self, first_s: float, window_s: float, windows: int) -> Array:
+        """How many requests, or first turns, came in each window from `first_s` on."""
+        if self.has_session:
+            self._merge_starts()
+        counts = np.zeros(windows)
+        for stamps_s in [self._starts["received_at"].to_numpy()] if self.has_session else self._stamps_s:
+            place = ((stamps_s - first_s) // window_s).astype(np.int64)
+            counts += np.bincount(place, minlength=windows)[:windows]
+        return counts
 
     @property
     def pairs(self) -> tuple[Array, Array]:
@@ -434,21 +481,24 @@ def _fit_service(
     if rows.has_session:
         turns = rows.turns
         sessions = _fit_sessions(turns.with_columns(received_at=spread(turns["received_at"].to_numpy())))
-    slots, level_variance = _fit_arrivals(spread(rows.starts_s()), first_s, span_s)
+    slots, bursts = _fit_arrivals(spread(rows.starts_s()), first_s, span_s, has_whole_stamps)
     return Service(
         model=model,
         log_type=log_type,
         requests=rows.requests,
         failure_share=rows.failures / rows.requests,
-        level_variance=level_variance,
+        level_variance=0.0,
         slots=slots,
         lengths=_fit_lengths(*rows.pairs, rng),
         sessions=sessions,
+        bursts=bursts,
     )
 
 
-def _fit_arrivals(stamps_s: Array, first_s: float, span_s: float) -> tuple[tuple[Slot, ...], float]:
-    """The slots, and how much more the windows' counts vary than the slots explain."""
+def _fit_arrivals(
+    stamps_s: Array, first_s: float, span_s: float, has_whole_stamps: bool
+) -> tuple[tuple[Slot, ...], Bursts | None]:
+    """The slots, and what they do not explain."""
     is_weekly = span_s >= WEEK_S
     width_s, slots = (HOUR_S, 168) if is_weekly else (math.inf, 1)
 
@@ -461,44 +511,31 @@ def _fit_arrivals(stamps_s: Array, first_s: float, span_s: float) -> tuple[tuple
     edges_s = np.concatenate(
         ([first_s], np.arange(math.floor(first_s / HOUR_S) + 1, math.ceil((first_s + span_s) / HOUR_S)) * HOUR_S)
     )
-    exposure_s = np.bincount(slot_of(edges_s), np.diff(edges_s, append=first_s + span_s), slots)
-    rates_rps = np.bincount(slot_of(stamps_s), minlength=slots) / np.maximum(exposure_s, 1e-9)
+    exposure_s = np.bincount(slot_of(edges_s), np.diff(edges_s, append=first_s + span_s), slots).astype(np.float64)
+    rates_rps: Array = np.bincount(slot_of(stamps_s), minlength=slots) / np.maximum(exposure_s, 1e-9)
+    fits = _fit_shapes(stamps_s, first_s, slot_of, slots)
+    counted = Counted(stamps_s, first_s, span_s, slot_of, rates_rps, exposure_s)
+    bursts = fit_bursts(counted, np.array([fit.moments for fit in fits]), has_batches=not has_whole_stamps)
+    fitted = zip(rates_rps.tolist(), fits, strict=True)
+    return tuple(Slot(rate_rps, fit.moments, fit.mle, fit.gaps) for rate_rps, fit in fitted), bursts
 
+
+def _fit_shapes(stamps_s: Array, first_s: float, slot_of: Callable[[Array], Ints], slots: int) -> list[ShapeFit]:
+    """The shape of each slot; of one with few gaps that of all, with 0 gaps."""
     window = ((stamps_s - first_s) // WINDOW_S).astype(np.int64)
     is_inside = window[1:] == window[:-1]
     gaps_s: Array = np.diff(stamps_s)[is_inside]
     window, slot = window[1:][is_inside], slot_of(stamps_s[:-1])[is_inside]
     whole = fit_gamma_shape(gaps_s, window)
-    default = (1.0, 1.0) if whole is None or whole.gaps < MIN_GAPS else (whole.moments, whole.mle)
-    fitted = []
+    default = ShapeFit(1.0, 1.0, 0) if whole is None or whole.gaps < MIN_GAPS else whole._replace(gaps=0)
+    fits = []
     order = np.argsort(slot, kind="stable")
     bounds = np.searchsorted(slot[order], np.arange(slots + 1))
     for number in range(slots):
         here = order[bounds[number] : bounds[number + 1]]
         fit = fit_gamma_shape(gaps_s[here], window[here]) if len(here) >= MIN_GAPS else None
-        moments, mle, gaps = (*default, 0) if fit is None else fit
-        fitted.append(Slot(float(rates_rps[number]), moments, mle, gaps))
-    return tuple(fitted), _level_variance(stamps_s, first_s, span_s, fitted, slot_of)
-
-
-def _level_variance(
-    stamps_s: Array, first_s: float, span_s: float, slots: Sequence[Slot], slot_of: Callable[[Array], Ints]
-) -> float:
-    """v in Var N = mu / shape + v mu^2 over the whole windows (mu: expected count); 0 unless it is significant."""
-    windows = int(span_s // WINDOW_S)
-    if windows < 4:
-        return 0.0
-    edges_s = first_s + np.arange(windows + 1, dtype=np.float64) * WINDOW_S
-    counts = np.histogram(stamps_s, edges_s)[0]
-    here = slot_of(edges_s[:-1] + WINDOW_S / 2)
-    expected: Array = np.array([slot.rate_rps for slot in slots])[here] * WINDOW_S
-    explained: Array = expected / np.array([slot.shape for slot in slots])[here]
-    weight = float(expected @ expected)
-    if not weight:
-        return 0.0
-    variance = float(np.sum(np.square(counts - expected) - explained)) / weight
-    # Under v = 0 a squared deviation has about twice the square of its mean as variance.
-    return variance if variance > 2 * math.sqrt(2 * float(explained @ explained)) / weight else 0.0
+        fits.append(fit or default)
+    return fits
 
 
 def _fit_lengths(request: Array, response: Array, rng: np.random.Generator) -> Lengths | None:

@@ -25,6 +25,7 @@ from traces.batch import SCHEMA, complete_batch
 from traces.codec import FORMATS, open_writer, read_trace
 from traces.generation import fixed_lengths, generate, plain_profile, zipf_lengths
 from traces.profile import WorkloadProfile, decode_profile, fit_profile
+from traces.swings import Bursts, Swing
 
 Array = NDArray[np.float64]
 PLAIN = plain_profile(fixed_lengths(100, 20))
@@ -47,7 +48,7 @@ def source(seed: int, starts: int = 6000) -> pl.DataFrame:
             rows.append((at_s, f"s{session}", request, "big", "Conversation log"))
             at_s += float(rng.lognormal(3.5, 0.8))
             request = request + int(rng.lognormal(5, 0.7)) if rng.random() < 0.9 else max(1, request // 3)
-    calls_s = np.cumsum(rng.gamma(0.3, 1 / 0.3 / 4.0, int(end_s * 4)))
+    calls_s = np.cumsum(rng.gamma(0.3, 1 / 0.3 / 4.0, int(end_s * 4.4)))
     rows += [(float(at_s), None, int(rng.lognormal(6, 0.8)) + 1, "small", "API log") for at_s in calls_s]
     frame = pl.DataFrame(
         rows, schema=["received_at", "session_id", "request_tokens", "model", "log_type"], orient="row"
@@ -157,11 +158,19 @@ def test_a_process_gives_the_arrivals_of_all_requests(shape: float) -> None:
 
 
 PROFILE = fit_profile([source(9, starts=300)])
+BURSTY = msgspec.structs.replace(
+    PROFILE,
+    services=tuple(
+        msgspec.structs.replace(service, bursts=Bursts(0.5, (Swing(10.0, 2.0, True), Swing(300.0, 0.5)), batch, 0.5))
+        for service, batch in zip(PROFILE.services, (1.0, 3.0), strict=False)
+    ),
+    has_common_levels=True,
+)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.sampled_from([PROFILE, PLAIN]),
+    st.sampled_from([PROFILE, BURSTY, PLAIN]),
     st.integers(0, 2**70),
     st.floats(0.1, 300.0),
     st.integers(1, 2000),

@@ -54,7 +54,7 @@ def test_rate_and_shape_of_a_renewal_process_are_recovered(shape: float) -> None
     for seed in range(12):
         service = only(fit_profile([trace(arrivals(steady(1.0, shape), 6000.0, seed))]))
         (slot,) = service.slots
-        assert service.level_variance < 0.05
+        assert service.bursts is None
         rates.append(slot.rate_rps)
         moments.append(slot.shape)
         mles.append(slot.shape_mle)
@@ -91,13 +91,19 @@ def test_hours_of_the_week_have_their_own_rate_and_shape() -> None:
     assert np.median(shapes[:, ~busy]) < 1.0
 
 
-def test_levels_that_vary_are_seen_and_are_not_taken_for_burstiness() -> None:
+def test_levels_that_vary_are_seen_as_such() -> None:
     rng = np.random.default_rng(0)
-    levels = rng.gamma(2.0, 0.5, 200)  # a relative variance of 0.5
-    process = Process(tuple(np.arange(200) * 1200.0), tuple(levels * 0.5), (1.0,) * 200)
-    service = only(fit_profile([trace(arrivals(process, 240_000.0, 1))]))
-    assert service.level_variance == pytest.approx(np.var(levels) / np.mean(levels) ** 2, rel=0.2)
-    assert service.slots[0].shape == pytest.approx(1.0, abs=0.05)
+    starts_s = np.concatenate(([0.0], np.cumsum(rng.exponential(1200.0, 400))))
+    levels = rng.gamma(2.0, 0.5, len(starts_s))  # a relative variance of 0.5
+    process = Process(tuple(starts_s), tuple(levels * 0.5), (1.0,) * len(starts_s))
+    service = only(fit_profile([trace(arrivals(process, 480_000.0, 1))]))
+    assert service.bursts is not None
+    # Some of it may be told as a shorter swing.
+    assert math.prod(1 + swing.variance for swing in service.bursts.swings) - 1 == pytest.approx(0.5, rel=0.3)
+    assert sum(swing.hold_s * swing.variance for swing in service.bursts.swings) > 300
+    assert not any(swing.is_on_off for swing in service.bursts.swings)
+    # Levels that change inside a window make its gaps somewhat more uneven; across windows they would give 0.5.
+    assert 0.7 < service.slots[0].shape < 1.05
 
 
 def test_a_profile_holds_no_names_ids_or_stamps() -> None:
@@ -243,13 +249,37 @@ def changed(path: str, value: object) -> bytes:
     return msgspec.json.encode(whole)
 
 
+BURSTS = {"shape": 1.0, "swings": []}
+
+
+def swings(*each: tuple[float, float]) -> bytes:
+    told = [{"hold_s": hold_s, "variance": variance} for hold_s, variance in each]
+    return changed("services.0.bursts", BURSTS | {"swings": told})
+
+
+def test_a_profile_of_the_first_version_is_read_and_means_what_it_did() -> None:
+    whole = msgspec.json.decode(encode_profile(PROFILE))
+    whole["burstgate_profile"] = 1
+    del whole["has_common_levels"]
+    for service in whole["services"]:
+        del service["bursts"]
+        service["level_variance"] = 0.5
+    profile = decode_profile(msgspec.json.encode(whole))
+    assert not profile.has_common_levels
+    assert only(profile).bursts is None
+    heights = [sum(batch.height for batch in generate(profile, seed=seed, duration_s=1e5)) for seed in range(20)]
+    assert np.mean(heights) == pytest.approx(profile.mean_rps * 1e5, rel=0.1)
+    # 83 windows with levels of a relative variance of 0.5.
+    assert np.std(heights) > 0.5 * math.sqrt(0.5 / 83) * np.mean(heights)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (lambda: b"", "profile: expected the JSON that burstgate fit writes"),
         (lambda: b"\xff\xfe", "profile: expected the JSON"),
         (lambda: b"[1]", "profile: expected the JSON"),
-        (lambda: b'{"burstgate_profile": 2}', "burstgate_profile: expected version 1, got 2"),
+        (lambda: b'{"burstgate_profile": 3}', "burstgate_profile: expected version 1 to 2, got 3"),
         (lambda: changed("x", 1), "unknown field `x`"),
         (lambda: changed("levels", [0, 0.5, 0.4, 1]), "levels: expected 0 to 1, ascending"),
         (lambda: changed("services", []), "services: expected at least one"),
@@ -263,6 +293,15 @@ def changed(path: str, value: object) -> bytes:
         (lambda: changed("services.0.sessions.turns", [[1, 0.5]]), "turns: expected shares that sum to 1"),
         (lambda: changed("services.0.sessions.turn_gap_s", [1e300] * len(LEVELS)), "turn_gap_s: expected ascending"),
         (lambda: changed("services.0.level_variance", "x"), "Expected `float`"),
+        (
+            lambda: changed("services.0.bursts", BURSTS | {"shape": 0}),
+            r"bursts\.shape: expected 0\.001 to 1e6, or null",
+        ),
+        (lambda: changed("services.0.bursts", BURSTS | {"batch": 0.5}), r"bursts\.batch: expected 1 to 100000 rows"),
+        (lambda: changed("services.0.bursts", BURSTS | {"batch_variance": -1}), r"batch_variance: expected 0 to 1000"),
+        (lambda: swings((0.1, 1.0)), "swings: expected holds of 1, 10, 60, 300, 1200 seconds, ascending"),
+        (lambda: swings((10.0, 1.0), (10.0, 1.0)), "swings: expected holds of .* ascending"),
+        (lambda: swings((10.0, 1e9)), "swings: expected variances of 0 to 1000"),
     ],
 )
 def test_wrong_profiles(data: Callable[[], bytes], message: str) -> None:
@@ -287,7 +326,8 @@ def test_real_heads_are_fitted_and_generated_again(name: str) -> None:
     )
     # Twenty times as long: what differs then is the profile's, not chance.
     found = pl.concat(list(generate(profile, seed=1, duration_s=20 * profile.span_s)))
-    assert found.height == pytest.approx(8000, rel=0.15)
+    # 600 levels of 20 minutes, of a relative variance of 3 to 6.
+    assert found.height == pytest.approx(8000, rel=0.35)
     for column in ("request_tokens", "response_tokens"):
         source, again = (frame.filter(pl.col("outcome") == "ok")[column].drop_nulls() for frame in (rows, found))
         values = np.sort(source.to_numpy())
@@ -299,21 +339,3 @@ def test_real_heads_are_fitted_and_generated_again(name: str) -> None:
         assert ks < 0.15
     shares = [dict(frame["log_type"].value_counts(normalize=True).iter_rows()) for frame in (rows, found)]
     assert shares[0] == pytest.approx(shares[1], abs=0.02)
-
-
-@pytest.mark.skipif(not TRACES.is_dir(), reason=f"no traces at {TRACES} (BURSTGATE_TRACES)")
-@pytest.mark.parametrize("name", ["AzureLLMInferenceTrace_code.csv", "mooncake_conversation_trace.jsonl"])
-def test_real_traces_of_an_hour_keep_their_cv_lengths_and_correlation(name: str) -> None:
-    """Not their counts in short windows: Azure's lulls and Mooncake's steps of 3 s are no renewal process."""
-    rows = pl.concat(list(read_trace(TRACES / name))).sort("received_at")
-    profile = fit_profile([rows])
-    traces = [rows, *(pl.concat(list(generate(profile, seed=seed, duration_s=profile.span_s))) for seed in range(3))]
-    cvs, correlations, medians = [], [], []
-    for each in traces:
-        gaps_s = np.diff(each["received_at"].to_numpy())
-        cvs.append(float(gaps_s.std() / gaps_s.mean()))
-        correlations.append(each.select(pl.corr("request_tokens", "response_tokens", method="spearman")).item())
-        medians.append(each["request_tokens"].median())
-    assert cvs[1:] == pytest.approx([cvs[0]] * 3, rel=0.1)
-    assert correlations[1:] == pytest.approx([correlations[0]] * 3, abs=0.05)
-    assert medians[1:] == pytest.approx([medians[0]] * 3, rel=0.1)
