@@ -37,6 +37,7 @@ from traces.swings import (
     COMMON_HOLD_S,
     HOLDS_S,
     MAX_BATCH,
+    MAX_PEAK,
     MAX_VARIANCE,
     MIN_WINDOWS,
     Bursts,
@@ -232,6 +233,11 @@ def _check_bursts(bursts: Bursts, place: str) -> None:
     )
     for swing in bursts.swings:
         _require(0 <= swing.variance <= MAX_VARIANCE, f"{place}.swings", f"variances of 0 to {MAX_VARIANCE:g}")
+    _require(
+        math.prod(1 + swing.variance for swing in bursts.swings) <= MAX_PEAK * (1 + 1e-9),
+        f"{place}.swings",
+        f"variances whose product of 1 + variance is at most {MAX_PEAK:g}",
+    )
 
 
 def _check_lengths(lengths: Lengths, levels: tuple[float, ...], place: str) -> None:

@@ -42,6 +42,8 @@ MIN_WINDOWS: Final = 4
 MIN_GAPS: Final = 50
 """Gaps that a shape is fitted on, at least."""
 MAX_VARIANCE: Final = 1e3
+MAX_PEAK: Final = 1e3
+"""Of all swings together, the product of 1 + variance: their highest levels multiply, and a slab holds what comes."""
 MIN_VARIANCE: Final = 1e-3
 """A level that swings by 3 % is none."""
 MAX_BATCH: Final = 1e5
@@ -120,6 +122,15 @@ def _joined(windows: Ints, counts: Ints) -> _Runs:
     return _Runs(windows[starts], np.add.reduceat(counts, starts))
 
 
+def within_peak(swings: tuple[Swing, ...]) -> tuple[Swing, ...]:
+    """The swings, all of them flattened alike where their product would be over MAX_PEAK."""
+    peak = math.prod(1 + swing.variance for swing in swings)
+    if peak <= MAX_PEAK:
+        return swings
+    share = math.log(MAX_PEAK) / math.log(peak)
+    return tuple(msgspec.structs.replace(swing, variance=(1 + swing.variance) ** share - 1) for swing in swings)
+
+
 def batch_starts(stamps_s: Array) -> NDArray[np.bool_] | None:
     """Which stamps, in order, begin a batch; None where equal stamps are no more than rounding makes."""
     gaps_s = np.diff(stamps_s)
@@ -152,7 +163,7 @@ def fit_bursts(counted: Counted, shapes: Array, *, has_batches: bool) -> Bursts 
             found = [_excess(counted, seconds, each_s, np.full(len(shapes), shape)) for each_s in holds_s[number:]]
         swings = _swings(holds_s[number:], found, counted.span_s)
         if swings and swings[0].hold_s == hold_s:
-            return Bursts(shape, swings)
+            return Bursts(shape, within_peak(swings))
     return None
 
 
@@ -167,9 +178,11 @@ def _fit_batches(counted: Counted, seconds: _Runs, starts: NDArray[np.bool_], ho
     found = [_excess(counted, seconds, hold_s, rates, batch, size_variance) for hold_s in holds_s]
     # Levels change the rows beyond a batch's first.
     share = ((batch - 1) / batch) ** 2
-    swings = tuple(
-        Swing(swing.hold_s, min(swing.variance / share, MAX_VARIANCE))
-        for swing in _swings(holds_s, found, counted.span_s)
+    swings = within_peak(
+        tuple(
+            Swing(swing.hold_s, min(swing.variance / share, MAX_VARIANCE))
+            for swing in _swings(holds_s, found, counted.span_s)
+        )
     )
     # 1/6: of rounding at random, on average.
     own = max(0.0, size_variance - 1 / 6) / (batch - 1) ** 2

@@ -302,6 +302,7 @@ def test_a_profile_of_the_first_version_is_read_and_means_what_it_did() -> None:
         (lambda: swings((0.1, 1.0)), "swings: expected holds of 1, 10, 60, 300, 1200 seconds, ascending"),
         (lambda: swings((10.0, 1.0), (10.0, 1.0)), "swings: expected holds of .* ascending"),
         (lambda: swings((10.0, 1e9)), "swings: expected variances of 0 to 1000"),
+        (lambda: swings((1.0, 500.0), (10.0, 500.0)), "swings: expected variances whose product of .* at most 1000"),
     ],
 )
 def test_wrong_profiles(data: Callable[[], bytes], message: str) -> None:

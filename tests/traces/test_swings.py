@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from traces.arrivals import arrival_times_s, steady, take_until
-from traces.swings import HOLDS_S, Swing, have_common_levels, level_blocks, level_excess, renewal_variance
+from traces.swings import HOLDS_S, Swing, have_common_levels, level_blocks, level_excess, renewal_variance, within_peak
 
 
 @pytest.mark.parametrize("shape", [0.1, 0.3, 1.0, 4.0, 100.0])
@@ -88,3 +88,12 @@ def test_swings_of_one_seed_hold_and_change_together() -> None:
 )
 def test_whether_services_swing_together(counts: list[list[int]], expected: bool) -> None:
     assert have_common_levels([np.array(each, dtype=np.float64) for each in counts]) == expected
+
+
+def test_a_peak_that_no_slab_holds_is_flattened() -> None:
+    swings = (Swing(1.0, 999.0), Swing(10.0, 99.0), Swing(60.0, 0.0))
+    flat = within_peak(swings)
+    assert math.prod(1 + swing.variance for swing in flat) == pytest.approx(1e3)
+    assert [swing.hold_s for swing in flat] == [1.0, 10.0, 60.0]
+    assert flat[0].variance > flat[1].variance > flat[2].variance == 0.0
+    assert within_peak(swings[1:]) == swings[1:]
