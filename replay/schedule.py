@@ -177,8 +177,11 @@ def _window(batches: Iterable[pl.DataFrame], options: PlanOptions) -> Iterator[t
 
 def _spread(rows: Iterator[_Row], seed: int) -> Iterator[tuple[float, _Row]]:
     """Each row with its offset in seconds."""
-    ahead = list(islice(rows, LOOK_AHEAD_ROWS))
-    is_whole = all(row.received_at.is_integer() for row in ahead)
+    ahead: list[_Row] = []
+    is_whole = True
+    while is_whole and len(ahead) < LOOK_AHEAD_ROWS and (row := next(rows, None)) is not None:
+        ahead.append(row)
+        is_whole = row.received_at.is_integer()
     rows = chain(ahead, rows)
     del ahead
     ties: list[_Row] = []

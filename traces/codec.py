@@ -78,6 +78,8 @@ _COMPRESSED: Final = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "zip": b
 """How compressed files begin."""
 CHUNK_BYTES: Final = 4 << 20
 """How much of a text file is held and parsed at once: some 50,000 BurstGPT rows."""
+FIRST_CHUNK_BYTES: Final = 128 << 10
+"""The same at a file's beginning, from where it doubles: a replay waits for its first rows only."""
 SNIFFED_BYTES: Final = 1 << 20
 """How much of a file of JSON lines is looked at to tell its format."""
 SHOWN_CHARACTERS: Final = 100
@@ -264,7 +266,9 @@ def line_chunks(stream: BinaryIO, path: Path, first_line: int, max_line_bytes: i
     """
     carry = b""
     line = first_line
-    while block := stream.read(CHUNK_BYTES):
+    size = min(FIRST_CHUNK_BYTES, CHUNK_BYTES)
+    while block := stream.read(size):
+        size = min(2 * size, CHUNK_BYTES)
         cut = block.rfind(b"\n") + 1
         if cut:
             chunk = carry + block[:cut]

@@ -32,6 +32,8 @@ from benchmarks.replay.tools import OURS, TOOLS, Job, Tool, new_folder
 from benchmarks.replay.workload import Workload
 
 POLL_S = 0.2
+LOOK_S = 0.5
+"""Between two looks at the memory of a tool."""
 CHUNKS = 8
 """Content events of an answer: sent at once, so that the mock costs little and requests end soon."""
 SETTLE_S = 10.0
@@ -203,6 +205,7 @@ def run_tool(
     machine_s, bench_s = machine_cpu_s(), bench.cpu_s()
     began_s, start_s = time.time(), time.monotonic()
     first_s: float | None = None
+    look_s = start_s + LOOK_S
     peak = 0
     with running(tool.name, command.argv, cores=cores, folder=job.folder, env=command.env) as process:
         while (status := process.status()) is None:
@@ -210,8 +213,9 @@ def run_tool(
             now_s = time.monotonic()
             if first_s is None and bench.mock.requests() > before:
                 first_s = now_s
-            if watches_memory:  # which takes some ms of the mock's core
+            if watches_memory and now_s >= look_s:  # which takes some ms of a core that the tool starts on
                 peak = max(peak, process.resident_bytes())
+                look_s = now_s + LOOK_S
             if now_s > (start_s + start_limit_s if first_s is None else first_s + limit_s):
                 break
     used_s = bench.cpu_s() - bench_s
