@@ -918,17 +918,23 @@ def test_a_port_in_use_is_one_line_and_status_2() -> None:
         port = taken.getsockname()[1]
         result = _command("--port", str(port))
     assert result.returncode == 2
-    assert result.stderr == f"simulator: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+    assert result.stderr == f"burstgate: simulator: cannot listen on 127.0.0.1:{port}: Address already in use\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-num-seqs", "0"], "simulator: max_num_seqs: expected at least 1, got 0"),
-        (["--kv-capacity-tokens", "100"], "simulator: kv_capacity_tokens: expected blocks of 16 for at least max_mod"),
-        (["--prefill-tokens-per-s", "nan"], "simulator: prefill_tokens_per_s: expected a finite number > 0, got nan"),
-        (["--port", "99999"], "simulator: cannot listen on 127.0.0.1:99999: "),
-        (["--host", "no.such.invalid"], "simulator: cannot listen on no.such.invalid:8000: "),
+        (["--max-num-seqs", "0"], "burstgate: simulator: max_num_seqs: expected at least 1, got 0"),
+        (
+            ["--kv-capacity-tokens", "100"],
+            "burstgate: simulator: kv_capacity_tokens: expected blocks of 16 for at least max_mod",
+        ),
+        (
+            ["--prefill-tokens-per-s", "nan"],
+            "burstgate: simulator: prefill_tokens_per_s: expected a finite number > 0, got nan",
+        ),
+        (["--port", "99999"], "burstgate: simulator: cannot listen on 127.0.0.1:99999: "),
+        (["--host", "no.such.invalid"], "burstgate: simulator: cannot listen on no.such.invalid:8000: "),
     ],
 )
 def test_wrong_values_are_one_line_and_status_2(arguments: list[str], message: str) -> None:
