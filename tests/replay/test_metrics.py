@@ -394,7 +394,7 @@ def test_parts_merge_to_the_whole(taken: list[Sample], places: list[int]) -> Non
     whole = Tally(slo)
     parts = [Tally(slo) for _ in range(3)]
     for number, (sample, place) in enumerate(zip(taken, places, strict=False)):
-        gaps_ns = [number * 1_000_000] * number * 4  # few gaps go one by one, many at once
+        gaps_ns = [number * 1_000_000] * number * 4  # from none to thousands in all
         whole.add(sample, gaps_ns)
         parts[place].add(sample, gaps_ns)
     merged: Tally = pickle.loads(pickle.dumps(parts[0]))
