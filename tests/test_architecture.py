@@ -91,7 +91,7 @@ def test_tests_are_imported_by_tests_only() -> None:
         ("alembic", {"storage/engine.py", "migrations/env.py", "migrations/versions/*"}),
         ("fastapi", {"proxy/app.py", "proxy/control.py", "replay/simulator/server.py"}),
         ("uvicorn", {"proxy/app.py", "proxy/control.py", "replay/simulator/server.py", "replay/simulator/__main__.py"}),
-        ("typer", {"proxy/cli.py"}),
+        ("typer", {"proxy/cli.py", "proxy/commands/*"}),
         ("tokenizers", {"replay/tokenizer.py"}),
         ("ray", {"replay/ray_senders.py"}),
         ("yaml", {"proxy/settings.py"}),

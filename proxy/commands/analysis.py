@@ -1,0 +1,240 @@
+"""Commands that describe traces: analyze, failures, compare."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from proxy.commands.common import (
+    Config,
+    DatabaseUrl,
+    DataDir,
+    DayZero,
+    Format,
+    From,
+    JsonFile,
+    LogTypes,
+    Models,
+    Origins,
+    Outcomes,
+    Runs,
+    Sessions,
+    Timezone,
+    To,
+    TraceOrDatabase,
+    app,
+    check_format,
+    check_timezone,
+    matching_rows,
+    parse_operand,
+    progress,
+    selection_of,
+    stamp_s,
+    whole_file,
+    write_json,
+)
+from proxy.config_error import ConfigError
+from storage.errors import DatabaseUnavailable, SchemaError
+
+if TYPE_CHECKING:
+    from traces.analysis import Analyzed
+
+Objective = Annotated[
+    float, typer.Option("--availability", help="Share of valid requests that must not fail: the error budget.")
+]
+
+
+@app.command()
+def analyze(
+    trace: TraceOrDatabase = None,
+    json: JsonFile = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page that opens offline.")] = None,
+    csv_dir: Annotated[Path | None, typer.Option(help="Folder for each figure's numbers as CSV.")] = None,
+    slo: Annotated[
+        str | None,
+        typer.Option("--slo", help="Bounds in seconds, as ttft=0.5,tpot=0.05,e2e=10,queue=1; gives goodput."),
+    ] = None,
+    availability: Objective = 0.999,
+    services: Annotated[int, typer.Option(help="Models and log types described one by one: the largest.")] = 8,
+    format: Format = None,
+    timezone: Timezone = None,
+    day_zero: DayZero = None,
+    start: From = None,
+    end: To = None,
+    model: Models = None,
+    session: Sessions = None,
+    outcome: Outcomes = None,
+    origin: Origins = None,
+    log_type: LogTypes = None,
+    run_id: Runs = None,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Burstiness, periods, lengths, conversations, load, failures and latency of a trace file or of the database."""
+    from traces.analysis import Options, check_options, parse_bounds
+    from traces.analysis import analyze as analyzed
+    from traces.analysis_report import render
+
+    check_format(format)
+    check_timezone(timezone)
+    try:
+        bounds_s = {} if slo is None else parse_bounds(slo)
+        options = Options(zone=timezone or "UTC", slo=availability, bounds_s=bounds_s, most_services=services)
+        check_options(options)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
+    for path in (json, html):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{path}: no such directory")
+    selection = selection_of(
+        model, session, outcome, origin, log_type, run_id,
+        stamp_s(start, timezone, "--from"), stamp_s(end, timezone, "--to"),
+    )  # fmt: skip
+    with (
+        progress() as say,
+        matching_rows(trace, selection, format, timezone, day_zero, (config, data_dir, database_url)) as batches,
+    ):
+        found = analyzed(batches, options, say)
+    if json != Path("-"):
+        render(found.analysis, Console(highlight=False, width=None if sys.stdout.isatty() else 150))
+    if json is not None:
+        write_json(json, found.analysis)
+    if html is not None:
+        from replay.analysis_page import page
+
+        with whole_file(html) as stream:
+            stream.write(page(found.analysis))
+    if csv_dir is not None:
+        _write_tables(csv_dir, found)
+
+
+def _write_tables(folder: Path, found: Analyzed) -> None:
+    """A CSV for each figure, and windows.csv with every window that was fitted."""
+    from traces.charts import charts
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {chart.name: chart.table for chart in charts(found.analysis)}
+    for name, table in (*tables.items(), ("windows", found.windows)):
+        with whole_file(folder / f"{name}.csv") as stream:
+            table.write_csv(stream)
+
+
+@app.command()
+def failures(
+    trace: TraceOrDatabase = None,
+    json: JsonFile = None,
+    availability: Objective = 0.999,
+    format: Format = None,
+    timezone: Timezone = None,
+    day_zero: DayZero = None,
+    start: From = None,
+    end: To = None,
+    model: Models = None,
+    session: Sessions = None,
+    outcome: Outcomes = None,
+    origin: Origins = None,
+    log_type: LogTypes = None,
+    run_id: Runs = None,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Where, when and under what load requests fail, of a trace file or of the database; in a pager on a terminal."""
+    from traces.analysis import Options, analyze_failures, check_options
+    from traces.analysis_report import render_failures
+
+    check_format(format)
+    check_timezone(timezone)
+    try:
+        options = Options(zone=timezone or "UTC", slo=availability)
+        check_options(options)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
+    selection = selection_of(
+        model, session, outcome, origin, log_type, run_id,
+        stamp_s(start, timezone, "--from"), stamp_s(end, timezone, "--to"),
+    )  # fmt: skip
+    with (
+        progress() as say,
+        matching_rows(trace, selection, format, timezone, day_zero, (config, data_dir, database_url)) as batches,
+    ):
+        source, found = analyze_failures(batches, options, say)
+    if json is not None:
+        write_json(json, found)
+    if json != Path("-"):
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        with console.pager() if sys.stdout.isatty() else contextlib.nullcontext():
+            render_failures(source, found, console)
+
+
+@app.command()
+def compare(
+    a: Annotated[
+        str, typer.Argument(help="A trace file, or of the database as from=2026-11-01,to=2026-11-08,origin=client.")
+    ],
+    b: Annotated[str, typer.Argument(help="The other one, set against the first.")],
+    json: JsonFile = None,
+    confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
+    rounds: Annotated[int, typer.Option(help="Resamplings of the bootstrap.")] = 400,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    block: Annotated[float, typer.Option(help="Seconds that arrivals and failures are resampled in.")] = 1200.0,
+    arrival_tolerance: Annotated[float, typer.Option(help="Relative difference of rates, CV and dispersion.")] = 0.1,
+    length_tolerance: Annotated[float, typer.Option(help="Relative difference of token lengths.")] = 0.05,
+    session_tolerance: Annotated[float, typer.Option(help="Relative difference of turns and gaps.")] = 0.1,
+    latency_tolerance: Annotated[float, typer.Option(help="Relative difference of latencies.")] = 0.1,
+    failure_tolerance: Annotated[float, typer.Option(help="Difference of the shares of failures.")] = 0.005,
+    ks_tolerance: Annotated[float, typer.Option(help="Distance of distributions (KS).")] = 0.05,
+    format: Format = None,
+    timezone: Timezone = None,
+    data_dir: DataDir = None,
+    database_url: DatabaseUrl = None,
+    config: Config = None,
+) -> None:
+    """Is B as A? Arrivals, lengths, sessions, failures, latency.
+
+    Exit status: 0 the same, 1 different, 2 a trace cannot be read or wrong usage, 3 too few requests to tell.
+    """
+    from traces.analysis_report import render_comparison
+    from traces.compare import Options, Verdict, check_options
+    from traces.compare import compare as compared
+    from traces.table import collect
+
+    check_format(format)
+    check_timezone(timezone)
+    options = Options(
+        seed=seed, rounds=rounds, confidence=confidence, block_s=block, arrival_tolerance=arrival_tolerance,
+        length_tolerance=length_tolerance, session_tolerance=session_tolerance, latency_tolerance=latency_tolerance,
+        failure_tolerance=failure_tolerance, ks_tolerance=ks_tolerance,
+    )  # fmt: skip
+    try:
+        check_options(options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    tables = []
+    with progress() as say:
+        try:
+            for operand in (a, b):
+                say(f"reading {operand}")
+                path, selection = parse_operand(operand, timezone)
+                with matching_rows(
+                    path, selection, format, timezone, None, (config, data_dir, database_url)
+                ) as batches:
+                    tables.append(collect(batches).table)
+        except OSError as error:  # status 1 says that the traces differ
+            raise ConfigError(f"{error.filename}: {error.strerror}" if error.strerror else str(error)) from None
+        except (ValueError, DatabaseUnavailable, SchemaError) as error:
+            raise ConfigError(str(error)) from None
+        say("comparing")
+        found = compared(tables[0], tables[1], options)
+    if json is not None:
+        write_json(json, found)
+    if json != Path("-"):
+        render_comparison(found, a, b, Console(highlight=False, width=None if sys.stdout.isatty() else 150))
+    if status := {Verdict.SAME: 0, Verdict.DIFFERENT: 1, Verdict.UNKNOWN: 3}[found.verdict]:
+        raise typer.Exit(status)
