@@ -53,6 +53,9 @@ REQUESTS_COMMENTS: dict[str, str] = {
     "shadow_of": "request_id of the request that this one mirrors",
     "tenant": "the tenant that the request was accounted to",
     "gateway": "name of the gateway that recorded it",
+    "shaping_rule": "the shaping rule that held or refused it; NULL where none did",
+    "shaping_class": "the class in which that rule counted it",
+    "agreement": "of a shadow: how much of its output equals its primary's, 0 to 1",
 }
 
 _BINARY_ORDER_TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
@@ -67,7 +70,7 @@ _TYPES: dict[str, sa.types.TypeEngine[Any]] = {
     "request_id": _BINARY_ORDER_TEXT,
     "stream": sa.Boolean(),
     "prefix_blocks": sa.LargeBinary(),
-    **dict.fromkeys(("received_at", "elapsed_s", "ttft_s", "tpot_s", "queue_s"), sa.Double()),
+    **dict.fromkeys(("received_at", "elapsed_s", "ttft_s", "tpot_s", "queue_s", "agreement"), sa.Double()),
     **dict.fromkeys(
         ("request_tokens", "response_tokens", "status", "attempts", "cached_tokens", "max_tokens"), sa.BigInteger()
     ),

@@ -220,6 +220,9 @@ def row_of(record: TraceRecord) -> Row:
         record.shadow_of,
         record.tenant,
         record.gateway,
+        record.shaping_rule,
+        record.shaping_class,
+        record.agreement,
     )
 
 

@@ -45,6 +45,9 @@ SCHEMA: dict[str, pl.DataType] = {
     "shadow_of": pl.String(),
     "tenant": pl.String(),
     "gateway": pl.String(),
+    "shaping_rule": pl.String(),
+    "shaping_class": pl.String(),
+    "agreement": pl.Float64(),
 }
 """Column name to type. Epoch stamps are float seconds with microseconds kept; enums are their text."""
 

@@ -109,3 +109,9 @@ class TraceRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     tenant: str | None = None
     gateway: str | None = None
     """Name of the gateway that recorded it."""
+    shaping_rule: str | None = None
+    """The rule of the gateway's shaping that held or refused it; None where none did."""
+    shaping_class: str | None = None
+    """The class (a rule's key: a model, a tenant, a log type) in which that rule counted it."""
+    agreement: float | None = None
+    """Of a shadow: how much of its output equals its primary's, 0 to 1; None where that was not compared."""

@@ -151,7 +151,8 @@ def test_json_lines_are_objects_with_every_field(tmp_path: Path) -> None:
         '"served_model":null,"status":null,"error_type":null,"ttft_s":null,"tpot_s":null,"queue_s":null,'
         '"endpoint":"","stream":false,"upstream":null,"attempts":0,"finish_reason":null,"cached_tokens":null,'
         '"max_tokens":null,"token_source":"none","prefix_blocks":null,"origin":"client","run_id":null,'
-        '"shadow_of":null,"tenant":null,"gateway":null}\n'
+        '"shadow_of":null,"tenant":null,"gateway":null,'
+        '"shaping_rule":null,"shaping_class":null,"agreement":null}\n'
     )
 
 
