@@ -160,7 +160,7 @@ class Request(Incoming):
                  "_parts", "_ready_ns", "_size", "_task", "_upload", "account", "answered", "begun", "body_bytes",
                  "client_gone", "endpoint", "error", "exchange", "facts", "family", "gateway", "is_over",
                  "is_recorded", "keys", "log_type", "model", "path", "prefix", "received_at", "request_id",
-                 "selection", "sends_usage", "session", "shown_id", "start_ns", "status", "timed_out",
+                 "selection", "sends_usage", "session", "shown_id", "start_ns", "status", "tenant", "timed_out",
                  "upstream")  # fmt: skip
 
     def __init__(
@@ -182,6 +182,8 @@ class Request(Incoming):
         self.model: str | None = None
         """As asked for, fit for a record."""
         self.session: str | None = head.session
+        self.tenant: str | None = None
+        """Whom it is accounted to."""
         self.keys: ConversationKeys | None = None
         self.prefix: tuple[int, ...] | None = None
         self.log_type = LogType.API
@@ -437,6 +439,7 @@ class Request(Incoming):
                     countable(self.facts.max_tokens),
                     head.origin,
                     head.run_id,
+                    self.tenant,
                 )
             )
         except Exception:  # noqa: BLE001 (never in the way: a defect in recording must not refuse a request)
@@ -883,6 +886,7 @@ class Request(Incoming):
             origin=head.origin,
             run_id=head.run_id,
             prefix_blocks=self.prefix if self.gateway.keeps_prefixes else None,
+            tenant=self.tenant,
             gateway=self.gateway.name,
         )
 
