@@ -1,5 +1,7 @@
 """What shaping did to a request, and how a shadow's output compares. The downgrade drops the columns."""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -8,7 +10,7 @@ down_revision = "0002"
 branch_labels = None
 depends_on = None
 
-_COLUMNS: tuple[tuple[str, sa.types.TypeEngine[object], str], ...] = (
+_COLUMNS: tuple[tuple[str, sa.types.TypeEngine[Any], str], ...] = (
     ("shaping_rule", sa.Text(), "the shaping rule that held or refused it; NULL where none did"),
     ("shaping_class", sa.Text(), "the class in which that rule counted it"),
     ("agreement", sa.Double(), "of a shadow: how much of its output equals its primary's, 0 to 1"),
