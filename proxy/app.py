@@ -11,6 +11,7 @@ import contextlib
 import errno
 import gc
 import logging
+import os
 import resource
 import socket
 import sys
@@ -30,11 +31,13 @@ from proxy.sessions import SessionTable, load_secret
 from proxy.settings import Settings
 from proxy.telemetry import WORKER_COUNTERS, WorkerMetrics
 from proxy.upstream import build_fleet
+from proxy.view import WorkerView, digest_of, remove_view, write_view
 from storage.journal import JOURNAL_COUNTERS, JournalWriter, NotRecording, Unrecorded
 
 log = logging.getLogger("burstgate.gateway")
 
 MAINTENANCE_S = 1.0
+VIEW_S = 1.0
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DROPPED_IO = JOURNAL_COUNTERS.index("dropped_io")
 GC_THRESHOLD = (50_000, 20, 50)
@@ -50,6 +53,8 @@ class GatewayApp(FastAPI):
 
     gateway: Gateway
     loop: asyncio.AbstractEventLoop
+    changed: asyncio.Event
+    """Set when the gateway has taken new settings."""
 
 
 def build_gateway(settings: Settings) -> Gateway:
@@ -95,8 +100,13 @@ def build_app(settings: Settings) -> GatewayApp:
             raise
         app.gateway = gateway
         app.loop = asyncio.get_running_loop()
+        app.changed = asyncio.Event()
         async with asyncio.TaskGroup() as tasks, gateway.fleet:
-            chores = [tasks.create_task(_maintain(gateway)), tasks.create_task(gateway.watch.run())]
+            chores = [
+                tasks.create_task(_maintain(gateway)),
+                tasks.create_task(gateway.watch.run()),
+                tasks.create_task(_report(gateway, app.changed)),
+            ]
             yield
             for chore in chores:
                 chore.cancel()
@@ -105,6 +115,7 @@ def build_app(settings: Settings) -> GatewayApp:
         gateway.fleet.close()
         await asyncio.to_thread(gateway.journal.close)
         gateway.sessions.close()
+        remove_view(settings.data_dir, os.getpid())
 
     return GatewayApp(lifespan=lifespan, openapi_url=None)
 
@@ -130,6 +141,29 @@ async def _maintain(gateway: Gateway) -> None:
                 await asyncio.to_thread(journal.refresh_budget)
         except OSError as error:  # again in a while: a worker without upkeep would lose what a power cut takes
             log.error("the journal could not be looked after: %s", error)
+
+
+async def _report(gateway: Gateway, changed: asyncio.Event) -> None:
+    """Say how the worker is, every second and when its settings have changed."""
+    says = True
+    while True:
+        view = WorkerView(
+            os.getpid(),
+            time.time(),
+            digest_of(gateway.settings),
+            len(gateway.watch),
+            tuple(gateway.fleet.views()),
+        )
+        try:
+            await asyncio.to_thread(write_view, gateway.settings.data_dir, view)
+            says = True
+        except OSError as error:
+            if says:  # once: it is tried again in a second
+                log.error("the control plane does not see this worker: %s", error)
+            says = False
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(changed.wait(), VIEW_S)
+        changed.clear()
 
 
 def server_config(app: Any, settings: Settings) -> uvicorn.Config:
@@ -201,6 +235,7 @@ def run_worker(task: ChildTask) -> None:
         def apply() -> None:
             try:
                 app.gateway.apply(settings)
+                app.changed.set()
                 server.config.timeout_graceful_shutdown = drain_seconds(settings)
             except Exception as error:  # noqa: BLE001 (raised again where it was asked for)
                 done.set_exception(error)

@@ -9,19 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
+import os
+import signal
 import socket
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
 
 import msgspec
 import uvicorn
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.exceptions import HTTPException
 
+from proxy.audit import append_audit, read_audit
 from proxy.child import ChildTask, run_child, watch_parent
+from proxy.control_config import Steering, config_router
 from proxy.doctor import Check, balance_of, diagnose
 from proxy.settings import Settings, show_value
 from proxy.telemetry import sum_counters, worker_metrics
@@ -100,8 +106,35 @@ class Status(msgspec.Struct, frozen=True):
     uptime_s: float
 
 
-def build_control(settings: Settings) -> FastAPI:
-    """The control plane's application. New settings go to its `state.settings`."""
+def _actor(request: Request) -> str:
+    """Who asks, for the audit trail."""
+    return f"address {request.client.host}" if request.client is not None else "unknown"
+
+
+def _error(status: int, message: str) -> Response:
+    """OpenAI's error envelope, as everywhere."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
+def _say_http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _error(error.status_code, str(error.detail))
+
+
+def _say_invalid(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return _error(422, f"{place}: {first['msg']}")
+
+
+def build_control(settings: Settings, reload: Callable[[], None] | None = None) -> FastAPI:
+    """The control plane's application. New settings go to its `state.settings`.
+
+    reload: asks the supervisor to load its configuration again; None where there is none.
+    """
     balances = _Balances(settings)
     registry = CollectorRegistry()
     registry.register(_Metrics(settings, balances))
@@ -123,6 +156,17 @@ def build_control(settings: Settings) -> FastAPI:
     )
 
     app.state.settings = settings
+    app.add_exception_handler(HTTPException, _say_http_error)
+    app.add_exception_handler(RequestValidationError, _say_invalid)
+
+    def current() -> Settings:
+        now: Settings = app.state.settings
+        return now
+
+    def audit(actor: str, action: str, detail: dict[str, Any]) -> None:
+        append_audit(current().data_dir, actor, action, detail)
+
+    app.include_router(config_router(Steering(current, reload, audit), _actor))
 
     def as_json(value: object) -> Response:
         return Response(msgspec.json.encode(value), media_type="application/json")
@@ -165,12 +209,22 @@ def build_control(settings: Settings) -> FastAPI:
         checks: list[Check] = list(diagnose(app.state.settings))
         return as_json({"ok": all(check.is_ok is not False for check in checks), "checks": checks})
 
+    @app.get("/api/v1/audit", summary="Who did what, newest first")
+    def audit_trail(limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Response:
+        return as_json(read_audit(current().data_dir, limit))
+
     return app
 
 
 def run_control(task: ChildTask) -> None:
     """Serve until told to stop."""
-    app = build_control(task.settings)
+    supervisor = os.getppid()
+
+    def reload_configuration() -> None:
+        if os.getppid() == supervisor:  # else it has gone, and this process is about to
+            os.kill(supervisor, signal.SIGHUP)
+
+    app = build_control(task.settings, reload_configuration)
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -1,8 +1,8 @@
 """The gateway's settings: one frozen object, every key with its default and unit.
 
 Sources, later ones win: defaults, `--config FILE` (YAML), environment (`BURSTGATE_PORT`, nested keys with two
-underscores: `BURSTGATE_JOURNAL__BUDGET`), flags. An unknown key in any of them is an error that names the nearest known
-one. Where each value came from is kept for `burstgate config show`.
+underscores: `BURSTGATE_JOURNAL__BUDGET`), flags, what was changed through the control plane. An unknown key in any of
+them is an error that names the nearest known one. Where each value came from is kept for `burstgate config show`.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ class Change:
 def changes(old: Settings, new: Settings) -> Iterator[Change]:
     """What differs, key by key."""
     for key in setting_keys():
-        before, after = _value(old, key), _value(new, key)
+        before, after = value_of(old, key), value_of(new, key)
         if before != after:
             yield Change(key, show_value(before), show_value(after))
 
@@ -344,7 +344,8 @@ def setting_keys() -> tuple[str, ...]:
     return tuple(_keys(Settings))
 
 
-def _value(settings: Settings, key: str) -> Any:
+def value_of(settings: Settings, key: str) -> Any:
+    """A setting by its dotted key."""
     value: Any = settings
     for name in key.split("."):
         value = getattr(value, name)
@@ -412,8 +413,11 @@ def load_settings(
     config: Path | None = None,
     environment: Mapping[str, str] = os.environ,
     flags: Mapping[str, Any] | None = None,
+    layer: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Merge the sources and validate. flags holds dotted keys; None values are flags not given.
+
+    layer: what was changed while running (proxy/steering.py), by dotted key.
 
     Raises ConfigError.
     """
@@ -424,6 +428,7 @@ def load_settings(
         layers.append((str(config), _from_file(config)))
     layers.append(("environment", _from_environment(environment)))
     layers.append(("flag", {key: value for key, value in (flags or {}).items() if value is not None}))
+    layers.append(("control plane", layer or {}))
     for place, values in layers:
         for key, value in values.items():
             merged[key] = value
@@ -490,7 +495,7 @@ def show_value(value: Any) -> str:
 def describe(loaded: Loaded) -> Iterator[tuple[str, str, str]]:
     """Rows of (key, value, source) for every setting."""
     for key in setting_keys():
-        value = _value(loaded.settings, key)
+        value = value_of(loaded.settings, key)
         if key == "database_url" and value is None:
             value = loaded.settings.database
         yield key, show_value(value), loaded.sources.get(key, "default")

@@ -65,6 +65,10 @@ class Watch:
         self.add = self._requests.add
         self.remove = self._requests.discard
 
+    def __len__(self) -> int:
+        """How many requests are not over."""
+        return len(self._requests)
+
     def requests(self) -> Iterable[Watched]:
         """Those that are not over, at this moment."""
         return tuple(self._requests)

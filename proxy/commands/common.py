@@ -73,6 +73,16 @@ def load_config(config: Path | None, **flags: Any) -> Loaded:
     return load_settings(config=config, flags=flags)
 
 
+def load_steered(config: Path | None, **flags: Any) -> Loaded:
+    """The same, with what was changed through the control plane over it. Raises ConfigError."""
+    from proxy.settings import load_settings
+    from proxy.steering import read_layer
+
+    loaded = load_settings(config=config, flags=flags)
+    layer = read_layer(loaded.settings.data_dir)
+    return load_settings(config=config, flags=flags, layer=layer) if layer else loaded
+
+
 def prepare_data_dir(settings: Settings) -> None:
     """Make the data directory. Raises ConfigError when it can not be written."""
     try:

@@ -24,6 +24,7 @@ from proxy.commands.common import (
     config_app,
     db_app,
     load_config,
+    load_steered,
     open_database,
     prepare_data_dir,
 )
@@ -51,6 +52,7 @@ def serve(
     """Run the gateway: workers, recorder and control plane. SIGHUP reloads, SIGUSR2 restarts without downtime."""
     from proxy.handover import take_handover
     from proxy.settings import show_value
+    from proxy.steering import begin
     from proxy.supervisor import Supervisor, settings_after
     from storage.engine import open_engine
 
@@ -66,7 +68,7 @@ def serve(
     }
 
     def load() -> Settings:
-        settings = load_config(config, **flags).settings
+        settings = load_steered(config, **flags).settings
         if not settings.upstreams:
             raise ConfigError("upstreams: name at least one, as in --upstream http://127.0.0.1:8000")
         return settings
@@ -76,6 +78,8 @@ def serve(
             print(f"burstgate: {line}", file=sys.stderr, flush=True)
 
     handover = None if check else take_handover()
+    if handover is None and not check:
+        begin(load_config(config, **flags).settings.data_dir)
     settings = load() if handover is None else settings_after(handover, load, warn)
     if handover is None:  # else the trial run has done it: from here on, nothing may fail
         prepare_data_dir(settings)
@@ -116,7 +120,7 @@ def config_show(config: Config = None, data_dir: DataDir = None, upstream: Upstr
     from proxy.settings import describe
 
     table = Table("setting", "value", "from", box=None, pad_edge=False)
-    for row in describe(load_config(config, data_dir=data_dir, upstreams=tuple(upstream) if upstream else None)):
+    for row in describe(load_steered(config, data_dir=data_dir, upstreams=tuple(upstream) if upstream else None)):
         table.add_row(*row)
     Console(highlight=False, soft_wrap=True).print(table)
 
