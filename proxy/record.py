@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 from types import FrameType
+from typing import Self
 
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.config_error import ConfigError
@@ -17,6 +19,7 @@ from proxy.settings import Settings
 from storage.engine import open_engine, upgrade
 from storage.errors import DatabaseUnavailable, SchemaError
 from storage.recorder import Recorder
+from storage.rollup import roll
 from storage.sink import Sink, SinkUnavailable, open_sink
 
 log = logging.getLogger("burstgate.recorder")
@@ -70,7 +73,50 @@ def open_recorder(settings: Settings, *, wait_s: float = 0.0) -> HandingRecorder
             return recorder
 
 
-def run_recorder(recorder: HandingRecorder) -> None:
+class Roller:
+    """Keeps the sums by minute and hour (storage/rollup.py), in a thread beside the recorder; never in its way.
+
+    A transaction takes about `BUSY_S`, for which SQLite's other writers wait: how many minutes it adds up follows from
+    how long the last one took.
+    """
+
+    PAUSE_S = 5.0
+    BUSY_S = 0.2
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="roller")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join(5.0)
+
+    def _run(self) -> None:
+        limit = 1
+        engine = open_engine(self._settings.database)
+        try:
+            while not self._is_over.wait(self.PAUSE_S):
+                while not self._is_over.is_set():
+                    begun_s = time.monotonic()
+                    try:
+                        done = roll(engine, time.time(), limit=limit)
+                    except (DatabaseUnavailable, SchemaError):  # the recorder says so; here it is tried again
+                        break
+                    took_s = time.monotonic() - begun_s
+                    if done < limit:
+                        break
+                    limit = min(360, max(1, int(limit * min(4.0, self.BUSY_S / max(took_s, 1e-3)))))
+                    self._is_over.wait(took_s)  # half of the time is the recorder's
+        finally:
+            engine.dispose()
+
+
+def run_recorder(recorder: HandingRecorder, settings: Settings) -> None:
     """Run until SIGTERM or SIGINT (then everything is recorded first) or SIGUSR1 (a successor waits)."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -84,7 +130,8 @@ def run_recorder(recorder: HandingRecorder) -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under a supervisor
         signal.signal(signal.SIGINT, stop)
     try:
-        recorder.run()
+        with Roller(settings):
+            recorder.run()
     finally:
         recorder.close()
 
@@ -95,7 +142,7 @@ def run_supervised(task: ChildTask) -> None:
     recorder = open_recorder(task.settings, wait_s=PREDECESSOR_S)
     watch_parent(recorder.stop)
     task.tell_ready()
-    run_recorder(recorder)
+    run_recorder(recorder, task.settings)
 
 
 if __name__ == "__main__":

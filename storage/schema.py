@@ -151,6 +151,54 @@ runs = sa.Table(
 )
 
 
+def _step_keys() -> tuple[sa.Column[Any], ...]:
+    return (
+        sa.Column(
+            "step_s", sa.BigInteger(), primary_key=True, autoincrement=False, comment="seconds added up: 60, 3600"
+        ),
+        sa.Column(
+            "at", sa.BigInteger(), primary_key=True, autoincrement=False, comment="start of the step, epoch seconds"
+        ),
+        sa.Column("origin", sa.Text(), primary_key=True, comment="as in requests"),
+        sa.Column("model", sa.Text(), primary_key=True, comment="as in requests; empty: unknown, or refused as wrong"),
+    )
+
+
+rollups = sa.Table(
+    "rollups",
+    metadata,
+    *_step_keys(),
+    sa.Column("upstream", sa.Text(), primary_key=True, comment="as in requests; empty: none"),
+    sa.Column("outcome", sa.Text(), primary_key=True, comment="as in requests"),
+    sa.Column("requests", sa.BigInteger(), nullable=False, comment="how many"),
+    sa.Column("request_tokens", sa.BigInteger(), nullable=False, comment="sum of the known ones"),
+    sa.Column("response_tokens", sa.BigInteger(), nullable=False, comment="sum of the known ones"),
+    comment="requests added up by minute and hour",
+    sqlite_with_rowid=False,
+)
+
+rollup_latencies = sa.Table(
+    "rollup_latencies",
+    metadata,
+    *_step_keys(),
+    sa.Column("kind", sa.Text(), primary_key=True, comment="ttft, tpot or e2e, of requests that ended well"),
+    sa.Column(
+        "bucket", sa.BigInteger(), primary_key=True, autoincrement=False, comment="n: up to 2^(n/4) ms; 79: above"
+    ),
+    sa.Column("requests", sa.BigInteger(), nullable=False, comment="how many"),
+    comment="histograms of latency by minute and hour",
+    sqlite_with_rowid=False,
+)
+
+rollup_dirty = sa.Table(
+    "rollup_dirty",
+    metadata,
+    sa.Column("at", sa.BigInteger(), nullable=False, comment="start of the minute, epoch seconds"),
+    sa.Index("rollup_dirty_at", "at"),
+    comment="minutes with requests that are not yet in rollups; a minute may be there more than once",
+)
+
+
 def utc_day(epoch_s: float) -> int:
     """The UTC day of a stamp, counted from 1970-01-01."""
     return math.floor(epoch_s / _DAY_S)

@@ -226,6 +226,11 @@ def row_of(record: TraceRecord) -> Row:
     )
 
 
+def _minutes(rows: Sequence[Row]) -> list[tuple[int]]:
+    """Starts of the minutes in which the rows' requests came in: what is to be added up (storage/rollup.py)."""
+    return [(minute * 60,) for minute in {int(row[1] // 60) for row in rows}]  # type: ignore[operator]
+
+
 class _SqliteTransaction:
     _FIND = (
         "SELECT request_id, received_at, session_id FROM requests"
@@ -250,6 +255,7 @@ class _SqliteTransaction:
             if values.count(None) < len(rows):
                 names.append(name)
                 columns.append(map(int, values) if name == "stream" else values)
+        self.execute_many("INSERT INTO rollup_dirty (at) VALUES (?)", _minutes(rows))
         sql = f"INSERT INTO requests ({', '.join(names)}) VALUES ({', '.join('?' * len(names))}) ON CONFLICT DO NOTHING"
         return self._cursor.executemany(sql, in_turns(zip(*columns, strict=True))).rowcount
 
@@ -300,6 +306,7 @@ class _PostgresTransaction:
         if not days <= self._known_days:
             _make_partitions(self._engine, days)
             self._known_days |= days
+        self.execute_many("INSERT INTO rollup_dirty (at) VALUES (?)", _minutes(rows))
         for statement in self._STAGING:
             self._cursor.execute(statement)
         with self._cursor.copy(self._COPY) as copy:

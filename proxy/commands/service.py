@@ -111,7 +111,7 @@ def record(data_dir: DataDir = None, database_url: DatabaseUrl = None, config: C
     settings = load_config(config, data_dir=data_dir, database_url=database_url).settings
     prepare_data_dir(settings)
     configure_logging("recorder")
-    run_recorder(open_recorder(settings))
+    run_recorder(open_recorder(settings), settings)
 
 
 @config_app.command("show")
