@@ -63,7 +63,7 @@ def read_revisions(data_dir: Path) -> tuple[Revision, ...]:
     path = _path(data_dir)
     try:
         found = msgspec.json.decode(path.read_bytes(), type=_File)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a data directory that is none is the caller's to refuse
         return ()
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(f"{path}: {error}; without the file, the configuration alone is in force") from None

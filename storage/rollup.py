@@ -265,9 +265,7 @@ def read_history(
                 by_minute = [*wanted, table.c.step_s == MINUTE_S, at.not_in(marked), parts]
                 frames.append(_read(connection, table, by_minute, step_s, dialect))
         for stretch in _stretches(marked):
-            chosen = requests.c.origin.in_(origins)
-            if models:
-                chosen = sa.and_(chosen, _MODEL.in_(models))
+            chosen = sa.and_(requests.c.origin.in_(origins), *([_MODEL.in_(models)] if models else []))
             counts.append(_frame(connection, _counts(dialect, step_s, *stretch).where(chosen)))
             latencies.extend(
                 _frame(connection, _latencies(dialect, step_s, *stretch, kind).where(chosen)) for kind in _KINDS
