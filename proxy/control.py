@@ -28,6 +28,7 @@ from starlette.exceptions import HTTPException
 from proxy.audit import append_audit, read_audit
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.control_config import Steering, config_router
+from proxy.control_traces import Reader, traces_router
 from proxy.doctor import Check, balance_of, diagnose
 from proxy.settings import Settings, show_value
 from proxy.telemetry import sum_counters, worker_metrics
@@ -146,6 +147,7 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None) 
             keeper = tasks.create_task(balances.keep())
             yield
             keeper.cancel()
+            reader.close()
 
     app = FastAPI(
         title="burstgate control plane",
@@ -163,9 +165,12 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None) 
         now: Settings = app.state.settings
         return now
 
+    reader = Reader(current)
+
     def audit(actor: str, action: str, detail: dict[str, Any]) -> None:
         append_audit(current().data_dir, actor, action, detail)
 
+    app.include_router(traces_router(reader))
     app.include_router(config_router(Steering(current, reload, audit), _actor))
 
     def as_json(value: object) -> Response:

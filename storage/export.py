@@ -79,7 +79,7 @@ class ExportReport:
 
 def export(
     engine: sa.Engine,
-    path: Path | str,
+    path: Path | str | BinaryIO,
     selection: Filter | None = None,
     *,
     format: str | None = None,
@@ -91,7 +91,7 @@ def export(
     stamps: Stamps | None = None,
     on_rows: Callable[[int], None] = lambda rows_in: None,
 ) -> ExportReport:
-    """Writes the requests that match to `path`, in time order, and a sidecar beside it.
+    """Writes the requests that match to `path`, in time order, and a sidecar beside it; an open file has none.
 
     selection: None is every request. What else is None is the data set's own where all the requests belong to one,
     else as `export_batches` says. A time zone without a day 0 makes that the first row's day in it.
@@ -126,7 +126,7 @@ def export(
 
 def export_batches(
     batches: Iterable[pl.DataFrame],
-    path: Path | str,
+    path: Path | str | BinaryIO,
     *,
     format: str = "burstgpt",
     day_zero: datetime.date | None = None,
@@ -207,11 +207,15 @@ class _Files:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path | str) -> Iterator[_Files]:
+def _replacing(path: Path | str | BinaryIO) -> Iterator[_Files]:
     """New files for the trace and its sidecar, which take their places together at the end, or leave no mark.
 
     Raises OSError naming `path`.
     """
+    if not isinstance(path, Path | str):
+        yield _Files(path, None)
+        path.flush()
+        return
     if str(path) == "-":
         yield _Files(sys.stdout.buffer, None)
         sys.stdout.buffer.flush()

@@ -8,6 +8,7 @@ directly, because making SQLAlchemy rows of 30 columns costs as much again as fe
 from __future__ import annotations
 
 import contextlib
+import re
 import sqlite3
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,49 @@ def count(engine: sa.Engine, selection: Filter) -> int:
     with database_errors(engine), engine.connect() as connection:
         statement = sa.select(sa.func.count()).select_from(requests).where(*conditions(selection))
         return connection.execute(statement).scalar_one()
+
+
+def newest(
+    engine: sa.Engine,
+    selection: Filter,
+    limit: int,
+    *,
+    failures: bool = False,
+    before: float | None = None,
+    before_id: str = "",
+    request_id: str | None = None,
+) -> list[dict[str, Any]]:
+    """The newest requests that match, newest first, as every column by name.
+
+    failures: only those whose outcome is not ok. before, before_id: those older than this (received_at, request_id).
+    Raises DatabaseUnavailable.
+    """
+    statement = sa.select(requests).where(*conditions(selection))
+    if failures:
+        statement = statement.where(sa.literal_column("outcome") != sa.literal_column("'ok'"))
+    if before is not None:
+        key = sa.tuple_(requests.c.received_at, requests.c.request_id)
+        statement = statement.where(key < sa.tuple_(sa.literal(before), sa.literal(before_id)))
+    if request_id is not None:
+        statement = statement.where(requests.c.request_id == request_id)
+        stamp_s = uuid7_stamp_s(request_id)
+        if stamp_s is not None:  # the time of day is in the id: no need to look at every day
+            statement = statement.where(requests.c.received_at.between(stamp_s - 2, stamp_s + 2))
+    statement = statement.order_by(requests.c.received_at.desc(), requests.c.request_id.desc()).limit(limit)
+    with database_errors(engine), engine.connect() as connection:
+        found = [dict(row) for row in connection.execute(statement).mappings()]
+    for row in found:
+        packed = row["prefix_blocks"]
+        row["prefix_blocks"] = None if packed is None else np.frombuffer(packed, dtype="<u8").tolist()
+    return found
+
+
+_UUID7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+
+
+def uuid7_stamp_s(text: str) -> float | None:
+    """The epoch seconds in a UUIDv7 (RFC 9562, section 5.7); None for another text."""
+    return int(text[:8] + text[9:13], 16) / 1000 if _UUID7.fullmatch(text) else None
 
 
 def read_datasets(engine: sa.Engine) -> dict[str, Dataset]:
