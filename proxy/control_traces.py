@@ -24,8 +24,8 @@ from proxy.settings import Settings
 from storage.engine import open_engine
 from storage.errors import DatabaseUnavailable, SchemaError
 from storage.export import export
+from storage.history import quantile_s, read_history
 from storage.query import Filter, newest, read_batches
-from storage.rollup import quantile_s, read_history
 from traces.analysis import Options, analyze_failures
 from traces.codec import FORMATS, TraceClock
 from traces.record import LogType, Origin, Outcome

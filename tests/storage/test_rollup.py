@@ -12,7 +12,8 @@ import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.rollup import BUCKETS, History, bucket_bounds_s, quantile_s, read_history, roll, step_for
+from storage.history import History, quantile_s, read_history, step_for
+from storage.rollup import BUCKETS, bucket_bounds_s, roll
 from storage.schema import rollup_dirty, rollups
 from storage.sink import open_sink
 from traces.record import Origin, Outcome, TraceRecord

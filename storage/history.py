@@ -1,0 +1,170 @@
+"""Histories of requests of any length: the sums of storage/rollup.py, and the minutes that are still marked there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import polars as pl
+import sqlalchemy as sa
+
+from storage.engine import database_errors
+from storage.rollup import (
+    BUCKETS,
+    HOUR_S,
+    KINDS,
+    MINUTE_S,
+    MODEL,
+    bucket_bounds_s,
+    counts_of,
+    latencies_of,
+    start_of,
+    stretches,
+)
+from storage.schema import requests, rollup_dirty, rollup_latencies, rollups
+
+MAX_MINUTES = 360
+"""Marked minutes that `read_history` adds up by itself; of more (an import at work) only the newest."""
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """A stretch of time, added up.
+
+    step_s: length of a point. counts: columns at, origin, model, upstream, outcome, requests, request_tokens,
+    response_tokens. latencies: columns at, kind, bucket, requests. `at` is a point's start, epoch s.
+    """
+
+    step_s: int
+    counts: pl.DataFrame
+    latencies: pl.DataFrame
+
+
+def step_for(span_s: float, points: int) -> int:
+    """The shortest step of which at most `points` cover the span, seconds."""
+    for step_s in (60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 21_600, 43_200, 86_400):
+        if span_s / step_s <= points:
+            return step_s
+    return math.ceil(span_s / points / 86_400) * 86_400
+
+
+def read_history(
+    engine: sa.Engine,
+    start_s: float,
+    end_s: float,
+    *,
+    points: int = 300,
+    origins: Sequence[str] = ("client",),
+    models: Sequence[str] = (),
+) -> History:
+    """The sums of a stretch, start included, end not, both taken to whole steps; of all models where none is named.
+
+    Raises DatabaseUnavailable.
+    """
+    step_s = step_for(end_s - start_s, points)
+    base_s = HOUR_S if step_s >= HOUR_S else MINUTE_S
+    first_s = math.floor(start_s / step_s) * step_s
+    last_s = math.ceil(end_s / step_s) * step_s
+    dialect = engine.dialect.name
+    counts: list[pl.DataFrame] = []
+    latencies: list[pl.DataFrame] = []
+
+    with database_errors(engine), engine.connect() as connection:
+        marked = sorted(
+            connection.execute(
+                sa.select(rollup_dirty.c.at)
+                .distinct()
+                .where(rollup_dirty.c.at >= first_s, rollup_dirty.c.at < last_s)
+                .order_by(rollup_dirty.c.at.desc())
+                .limit(MAX_MINUTES)
+            ).scalars()
+        )
+        # Hours with a marked minute are taken by the minute.
+        hours = sorted({math.floor(minute / HOUR_S) * HOUR_S for minute in marked}) if base_s == HOUR_S else []
+        for table, frames in ((rollups, counts), (rollup_latencies, latencies)):
+            at = table.c.at
+            wanted = [at >= first_s, at < last_s, table.c.origin.in_(origins)]
+            if models:
+                wanted.append(table.c.model.in_(models))
+            whole = [*wanted, table.c.step_s == base_s, at.not_in(hours if base_s == HOUR_S else marked)]
+            frames.append(_read(connection, table, whole, step_s, dialect))
+            if hours:
+                parts = sa.or_(*(sa.and_(at >= hour, at < hour + HOUR_S) for hour in hours))
+                by_minute = [*wanted, table.c.step_s == MINUTE_S, at.not_in(marked), parts]
+                frames.append(_read(connection, table, by_minute, step_s, dialect))
+        for stretch in stretches(marked):
+            chosen = sa.and_(requests.c.origin.in_(origins), *([MODEL.in_(models)] if models else []))
+            counts.append(_frame(connection, counts_of(dialect, step_s, *stretch).where(chosen)))
+            latencies.extend(
+                _frame(connection, latencies_of(dialect, step_s, *stretch, kind).where(chosen)) for kind in KINDS
+            )
+    return History(step_s, _summed(counts, rollups), _summed(latencies, rollup_latencies))
+
+
+def _read(
+    connection: sa.Connection, table: sa.Table, wanted: Sequence[sa.ColumnElement[bool]], step_s: int, dialect: str
+) -> pl.DataFrame:
+    sums = [column for column in table.c if column.name in _SUMS]
+    keys = [column for column in table.c if column.name in _KEYS[table.name]]
+    at = start_of(dialect, sa.cast(table.c.at, sa.Double()), step_s)
+    statement = (
+        sa.select(
+            sa.literal_column(str(step_s)).label("step_s"),
+            at.label("at"),
+            *keys,
+            *(sa.cast(sa.func.sum(column), sa.BigInteger()).label(column.name) for column in sums),
+        )
+        .where(*wanted)
+        .group_by(at, *keys)
+    )
+    return _frame(connection, statement)
+
+
+_SUMS = ("requests", "request_tokens", "response_tokens")
+_KEYS = {"rollups": ("origin", "model", "upstream", "outcome"), "rollup_latencies": ("kind", "bucket")}
+"""What a history's rows are told apart by, beside `at`."""
+
+
+def _frame(connection: sa.Connection, statement: sa.Select[tuple[object, ...]]) -> pl.DataFrame:
+    result = connection.execute(statement)
+    names = list(result.keys())
+    return pl.DataFrame([tuple(row) for row in result], schema=_types(names), orient="row")
+
+
+def _types(names: Sequence[str]) -> dict[str, pl.DataType]:
+    text = ("origin", "model", "upstream", "outcome", "kind")
+    return {name: pl.String() if name in text else pl.Int64() for name in names}
+
+
+def _summed(frames: Sequence[pl.DataFrame], table: sa.Table) -> pl.DataFrame:
+    keys = ["at", *_KEYS[table.name]]
+    sums = [column.name for column in table.c if column.name in _SUMS]
+    return (
+        pl.concat([frame.select(*keys, *sums) for frame in frames])
+        .group_by(keys)
+        .agg(pl.col(name).sum() for name in sums)
+        .sort(keys)
+    )
+
+
+def quantile_s(buckets: Sequence[tuple[int, int]], share: float) -> float | None:
+    """The value below which `share` of the requests lie, from (bucket, requests) by bucket, seconds; None of nothing.
+
+    Interpolated on a logarithmic scale inside its bucket: off by at most 19 %, the width of one. Above the last
+    bucket's bound it is that bound.
+    """
+    total = sum(count for _, count in buckets)
+    if not total:
+        return None
+    bounds = bucket_bounds_s()
+    rank = share * total
+    below = 0
+    for bucket, count in buckets:
+        if below + count >= rank:
+            if bucket >= BUCKETS - 1:
+                return bounds[-1]
+            within = (rank - below) / count
+            return bounds[bucket] * math.exp2((within - 1) / 4)
+        below += count
+    return bounds[min(buckets[-1][0], BUCKETS - 2)]
