@@ -28,7 +28,7 @@ from traces.codec import (
 from traces.record import Outcome
 from traces.row_groups import RowGroups
 
-ROW_GROUP_ROWS: Final = 131_072
+ROW_GROUP_ROWS: Final = 65_536
 """Rows of a row group, some tens of MB while polars works on it."""
 
 
