@@ -2,8 +2,10 @@
 
     read -> relabel -> write under a temporary name -> read back and compare -> rename
 
-Memory is flat: batches stream through, the next ones are read on a thread of their own meanwhile. The rows reconcile:
-read = kept + dropped by reason, and as many are in the file that was written. That file is then read back and compared
+Memory is flat: batches stream through. The next ones are read on a thread of their own, what is written is taken
+account of on another, and the disk takes the file while it is read back. Of a Parquet file that becomes a BurstGPT one,
+only the columns that this has are read. The rows reconcile: read = kept + dropped by reason, and as many are in the
+file that was written. That file is then read back and compared
 with what was to be written, column by column in the columns that its format can say, through a digest of every value
 and its place; only then does it get its name. A failure of any kind leaves what was at the target as it was.
 
