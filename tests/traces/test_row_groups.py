@@ -18,7 +18,7 @@ from traces.row_groups import VARIES, RowGroups, repeated_value
 
 def file_of(groups: list[pl.DataFrame], schema: dict[str, pl.DataType], **options: Any) -> bytes:
     stream = io.BytesIO()
-    chosen = {"compression": "lz4", "statistics": False, "metadata": {}} | options
+    chosen: dict[str, Any] = {"compression": "lz4", "statistics": False, "metadata": {}} | options
     writer = RowGroups(stream, schema, **chosen)
     for group in groups:
         writer.write(group)
