@@ -32,6 +32,7 @@ from replay.ahead import COUNTERS, Ahead, Prepared
 from replay.client import Reply, Request, request_headers
 from replay.metrics import SenderFacts, Tally
 from replay.options import ReplayOptions, Shard
+from replay.priority import Priority
 from replay.prompts import WordModel
 from replay.report import Progress
 from replay.sample import SamplesFile, measure
@@ -236,7 +237,8 @@ class Sender:
         self._is_started = True
         self._alarm = Alarm()
         began_ns, began_cpu_ns = time.monotonic_ns(), time.process_time_ns()
-        heart = _Heart()
+        priority = Priority()
+        heart = _Heart(priority)
         try:
             if self._options.sessions == "independent":
                 await self._send_in_order(requests)
@@ -246,6 +248,7 @@ class Sender:
         finally:
             self._alarm.close()
             self._stall_max_s = heart.stop()
+            priority.close()
             wall_ns = time.monotonic_ns() - began_ns
             self._cpu_share = (time.process_time_ns() - began_cpu_ns) / wall_ns if wall_ns else None
 
@@ -383,7 +386,8 @@ class Sender:
 class _Heart:
     """Beats every HEARTBEAT_S on the running loop; the longest delay of a beat is how long the loop stood still."""
 
-    def __init__(self) -> None:
+    def __init__(self, priority: Priority) -> None:
+        self._priority = priority
         self._stall_max_s = 0.0
         self._sleep()
 
@@ -393,6 +397,7 @@ class _Heart:
 
     def _beat(self) -> None:
         self._stall_max_s = max(self._stall_max_s, time.monotonic() - self._due_s)
+        self._priority.look()
         self._sleep()
 
     def stop(self) -> float:

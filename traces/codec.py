@@ -264,23 +264,29 @@ def line_chunks(stream: BinaryIO, path: Path, first_line: int, max_line_bytes: i
     Holds about CHUNK_BYTES. Raises TraceFormatError when a line has not ended after `max_line_bytes`; a shorter line
     than CHUNK_BYTES may pass, so that the caller checks those it sees.
     """
-    carry = b""
-    line = first_line
+    first_at = stream.tell()
     size = min(FIRST_CHUNK_BYTES, CHUNK_BYTES)
     while block := stream.read(size):
         size = min(2 * size, CHUNK_BYTES)
-        cut = block.rfind(b"\n") + 1
-        if cut:
-            chunk = carry + block[:cut]
-            yield chunk
-            line += chunk.count(b"\n")
-            carry = block[cut:]
-        else:
-            carry += block
-        if len(carry) > max_line_bytes:
-            raise line_too_long(path, line, max_line_bytes, carry)
-    if carry:
-        yield carry
+        if not block.endswith(b"\n"):
+            cut = block.rfind(b"\n") + 1
+            end = stream.readline(max_line_bytes + 1)
+            if len(block) - cut + len(end.removesuffix(b"\n")) > max_line_bytes:
+                at = stream.tell() - len(end) - len(block) + cut
+                if cut:
+                    yield block[:cut]
+                stream.seek(first_at)
+                before = sum(part.count(b"\n") for part in _parts(stream, at - first_at))
+                raise line_too_long(path, first_line + before, max_line_bytes, block[cut:] + end)
+            block += end
+        yield block
+
+
+def _parts(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """The next `size` bytes."""
+    while size and (part := stream.read(min(size, CHUNK_BYTES))):
+        size -= len(part)
+        yield part
 
 
 def line_too_long(path: Path, line: int, max_line_bytes: int, start: bytes) -> TraceFormatError:

@@ -2,8 +2,10 @@
 
     read -> relabel -> write under a temporary name -> read back and compare -> rename
 
-Memory is flat: batches stream through, the next ones are read on a thread of their own meanwhile. The rows reconcile:
-read = kept + dropped by reason, and as many are in the file that was written. That file is then read back and compared
+Memory is flat: batches stream through. The next ones are read on a thread of their own, what is written is taken
+account of on another, and the disk takes the file while it is read back. Of a Parquet file that becomes a BurstGPT one,
+only the columns that this has are read. The rows reconcile: read = kept + dropped by reason, and as many are in the
+file that was written. That file is then read back and compared
 with what was to be written, column by column in the columns that its format can say, through a digest of every value
 and its place; only then does it get its name. A failure of any kind leaves what was at the target as it was.
 
@@ -18,17 +20,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import secrets
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
+import numpy as np
 import polars as pl
-from polars.io.plugins import register_io_source
 
 from traces.batch import SCHEMA
 from traces.burstgpt import MAX_LINE_BYTES, MAX_TEXT_BYTES
@@ -51,8 +54,9 @@ from traces.codec import (
     sniff,
 )
 from traces.mooncake import PREFIX_NOTES
-from traces.parquet import writing
+from traces.parquet import ROW_GROUP_ROWS, Writer
 from traces.record import Outcome
+from traces.row_groups import VARIES, repeated_value
 
 SUFFIXES: Final = {".csv": "burstgpt", ".parquet": "parquet", ".jsonl": "jsonl"}
 """What a target is written as when nobody says."""
@@ -60,8 +64,19 @@ AHEAD_BATCHES: Final = 2
 """Batches that are read before they are needed: some 10 MB each."""
 BATCH_ROWS: Final = 131_072
 """Rows of a batch at most, so that a chunk of a BurstGPT file, of some 70,000, stays one."""
-ROW_GROUP_ROWS: Final = 65_536
-"""Rows of a Parquet row group."""
+BURSTGPT_FIELDS: Final = frozenset(
+    (
+        "received_at",
+        "session_id",
+        "elapsed_s",
+        "model",
+        "request_tokens",
+        "response_tokens",
+        "log_type",
+        "outcome",
+    )
+)
+"""Of the record, what a BurstGPT file says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,31 +131,36 @@ def convert(
         clock=clock,
         columns=columns,
         batch_rows=BATCH_ROWS,
+        fields=BURSTGPT_FIELDS if write_as in ("burstgpt", "burstgpt6") else None,
     )
     kept = _Kept(write_as, clock, failures == "drop")
     with _replacing(target) as stream:
         flow = _counted(_ahead(_relabelled(batches, model)), kept)
         try:
-            if write_as == "parquet":
-                report = _sink_parquet(flow, kept, stream, blocks)
-            else:
-                writer = open_writer(
+            writer = (
+                _parquet_writer(stream, failures, blocks)
+                if write_as == "parquet"
+                else open_writer(
                     stream, format=write_as, clock=clock, failures=failures, block_tokens=blocks, salt=salt
                 )
-                report = _write(flow, writer, kept)
-                blocks = getattr(writer, "block_tokens", blocks if write_as == "jsonl" else None)
+            )
+            report = _write(flow, writer, kept)
+            blocks = getattr(writer, "block_tokens", blocks if write_as in ("parquet", "jsonl") else None)
         except UnsortedTrace as error:
             raise TraceFormatError(f"{source}: {error}") from error
         except pl.exceptions.PanicException as error:  # what polars' Parquet reader does at some damaged files
             raise TraceFormatError(f"{source}: expected a whole file, polars gave up: {error}") from error
         _check_counts(report, kept, target)
-        try:
-            back = _Digest()
-            for frame in _ahead(_read_back(Path(stream.name), write_as, clock)):
-                back.add(frame)
-        except TraceFormatError as error:
-            raise TraceFormatError(f"{target}: was written and can not be read back: {error}") from error
-        _check_equal(kept.digest, back, target)
+        with ThreadPoolExecutor(1) as pool:  # the disk takes the file meanwhile
+            stored = pool.submit(os.fsync, stream.fileno())
+            try:
+                back = _Digest()
+                for frame in _ahead(_read_back(Path(stream.name), write_as, clock)):
+                    back.add(frame)
+            except TraceFormatError as error:
+                raise TraceFormatError(f"{target}: was written and can not be read back: {error}") from error
+            _check_equal(kept.digest, back, target)
+            stored.result()
     return Conversion(
         source_format=read_as,
         target_format=write_as,
@@ -210,14 +230,14 @@ class _Kept:
             self._rules.append(_is_sayable_in_burstgpt(clock))
         self._columns = _comparable(format, clock)
 
-    def of(self, batch: pl.DataFrame) -> pl.DataFrame:
-        """The rows of a batch that should be in the file."""
-        if not self._rules:
-            return batch
-        is_kept = batch.select(pl.all_horizontal(self._rules)).to_series()
-        return batch if is_kept.all() else batch.filter(is_kept)
+    def add(self, batch: pl.DataFrame) -> None:
+        """Go on with those rows of a batch that should be in the file."""
+        if self._rules:
+            is_kept = batch.select(pl.all_horizontal(self._rules)).to_series()
+            batch = batch if is_kept.all() else batch.filter(is_kept)
+        self.add_said(batch)
 
-    def add(self, rows: pl.DataFrame) -> None:
+    def add_said(self, rows: pl.DataFrame) -> None:
         """Go on with these rows of the file."""
         self.digest.add(rows.select(self._columns))
 
@@ -228,37 +248,27 @@ def _counted(batches: Iterable[pl.DataFrame], kept: _Kept) -> Iterator[pl.DataFr
         yield batch
 
 
-def _write(batches: Iterable[pl.DataFrame], writer: TraceWriter, kept: _Kept) -> WriteReport:
-    for batch in batches:
-        writer.write(batch)
-        # A writer that changes rows says what it made of them; of the others the whole of what they keep is known here.
-        said = getattr(writer, "said", None)
-        kept.add(kept.of(batch) if said is None else said)
-    return writer.close()
-
-
-def _sink_parquet(batches: Iterator[pl.DataFrame], kept: _Kept, stream: BinaryIO, blocks: int | None) -> WriteReport:
-    """As `traces.parquet.Writer` would, in one pass: polars takes the batches as it writes them."""
-    written = 0
-
-    def rows(*_: object) -> Iterator[pl.DataFrame]:
-        nonlocal written
-        for batch in batches:
-            part = kept.of(batch).select(list(SCHEMA))
-            written += part.height
-            kept.add(part)
-            yield part
-
+def _parquet_writer(stream: BinaryIO, failures: str, blocks: int | None) -> TraceWriter:
+    # Without statistics and in the fastest compression: readers here take every row group.
     metadata = {} if blocks is None else {BLOCK_TOKENS_KEY: str(blocks)}
-    frame = register_io_source(rows, schema=SCHEMA)
-    with writing():
-        # Without statistics, which cost a seventh of the writing: readers here take every row group.
-        frame.sink_parquet(
-            stream, compression="lz4", row_group_size=ROW_GROUP_ROWS, metadata=metadata, statistics=False
-        )
-    stream.flush()
-    dropped = kept.rows_read - written
-    return WriteReport(kept.rows_read, written, {"failure": dropped} if dropped else {}, {})
+    return Writer(stream, drop_failures=failures == "drop", compression="lz4", statistics=False, metadata=metadata)
+
+
+def _write(batches: Iterable[pl.DataFrame], writer: TraceWriter, kept: _Kept) -> WriteReport:
+    """What is written is taken account of on a thread of its own, a batch behind at most."""
+    says = hasattr(writer, "said")
+    with ThreadPoolExecutor(1) as pool:
+        adding: Future[None] | None = None
+        for batch in batches:
+            # A writer that changes rows says what it made of them; of the others it is known what they keep.
+            added = None if says else pool.submit(kept.add, batch)
+            writer.write(batch)
+            if adding is not None:
+                adding.result()
+            adding = added or pool.submit(kept.add_said, writer.said)  # type: ignore[attr-defined]
+        if adding is not None:
+            adding.result()
+    return writer.close()
 
 
 # What is compared
@@ -274,17 +284,24 @@ class _Digest:
 
     def add(self, frame: pl.DataFrame) -> None:
         """Go on with these rows."""
+        if not frame.height:
+            return
         first, end = self.rows, self.rows + frame.height
-        place = pl.int_range(first, end, dtype=pl.UInt64) * 2 + 1
-        is_empty = [column.null_count() == frame.height for column in frame]
-        filled = [name for name, empty in zip(frame.columns, is_empty, strict=True) if not empty]
-        numbers = frame.select((pl.col(filled).hash() * place).sum()).row(0, named=True) if filled else {}
-        for column in frame.select(pl.exclude(filled)) if any(is_empty) else ():
-            # Most columns of most traces are empty: the sum of the odd numbers from first to end is known.
-            numbers[column.name] = pl.Series([None], dtype=column.dtype).hash()[0] * (end**2 - first**2)
-        for name, number in numbers.items():
-            self.sums[name] = (self.sums[name] + number) % (1 << 64)
+        place = np.arange(2 * first + 1, 2 * end + 1, 2, dtype=np.uint64)
+        for column in frame:
+            value = repeated_value(column)
+            if value is VARIES:
+                number = int(np.dot(column.hash().to_numpy(), place))
+            else:  # as most columns of most traces are: the sum of the odd numbers from first to end is known
+                number = _hash(value, column.dtype) * (end**2 - first**2)
+            self.sums[column.name] = (self.sums[column.name] + number) % (1 << 64)
         self.rows = end
+
+
+@functools.lru_cache(256)
+def _hash(value: object, dtype: pl.DataType) -> int:
+    number: int = pl.Series([value], dtype=dtype).hash()[0]
+    return number
 
 
 _REQUEST: Final = ("received_at", "request_tokens", "response_tokens")
@@ -398,7 +415,10 @@ def _check_equal(written: _Digest, back: _Digest, target: Path) -> None:
 
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the target's place at the end, or leaves no mark. Raises OSError naming the target."""
+    """A new file that takes the target's place at the end, or leaves no mark; the caller has it stored (fsync).
+
+    Raises OSError naming the target.
+    """
     place = target.resolve()
     if place.exists() and not place.is_file():
         number = errno.EISDIR if place.is_dir() else errno.EINVAL
@@ -408,7 +428,6 @@ def _replacing(target: Path) -> Iterator[BinaryIO]:
         try:
             with partial.open("xb") as stream:
                 yield stream
-                os.fsync(stream.fileno())
             os.replace(partial, place)
         finally:
             partial.unlink(missing_ok=True)

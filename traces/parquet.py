@@ -3,22 +3,15 @@
 Nothing is lost in either direction. Reading streams and takes columns in any order; those missing get the record's
 defaults, so that files older than a field stay readable.
 
-Polars writes a Parquet file from a query, not piece by piece. The writer therefore keeps its row groups as files in a
-temporary folder (`tempfile`'s rules say where) and streams them into the real file at the end: memory stays flat, and
-the disk holds the trace twice until then.
+Writing streams: a row group is encoded and written as soon as its rows are there (traces/row_groups.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import shutil
-import tempfile
-import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, Final
+from types import MappingProxyType
+from typing import BinaryIO, Final, Literal
 
 import polars as pl
 
@@ -33,8 +26,9 @@ from traces.codec import (
     shown_line,
 )
 from traces.record import Outcome
+from traces.row_groups import RowGroups
 
-ROW_GROUP_ROWS: Final = 131_072
+ROW_GROUP_ROWS: Final = 65_536
 """Rows of a row group, some tens of MB while polars works on it."""
 
 
@@ -87,29 +81,25 @@ def _is_lossless(dtype: pl.DataType, target: pl.DataType) -> bool:
     return dtype in (target, pl.Null)
 
 
-@contextlib.contextmanager
-def writing() -> Iterator[None]:
-    """Raises OSError for what the operating system refuses polars, TraceFormatError for rows that it refuses itself."""
-    try:
-        yield
-    except BROKEN_PARQUET as error:
-        # Polars words what the operating system said; the number is the last thing in it.
-        if number := re.search(r"\(os error ([0-9]+)\)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-        raise TraceFormatError(f"expected rows that Parquet can hold, polars says: {shown_line(error)}") from error
-
-
 class Writer:
-    """A `TraceWriter` of Parquet. A writer that is dropped without `close` removes its temporary files."""
+    """A `TraceWriter` of Parquet.
 
-    def __init__(self, stream: BinaryIO, *, drop_failures: bool) -> None:
+    compression and statistics: as polars' `write_parquet` takes them. metadata: goes into the file's.
+    """
+
+    def __init__(
+        self,
+        stream: BinaryIO,
+        *,
+        drop_failures: bool,
+        compression: Literal["lz4", "zstd"] = "zstd",
+        statistics: bool = True,
+        metadata: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._stream = stream
         self._drop_failures = drop_failures
-        self._folder = Path(tempfile.mkdtemp(prefix="burstgate-parquet-"))
-        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._parts: list[Path] = []
-        self._held: list[pl.DataFrame] = []
-        self._held_rows = 0
+        self._groups = RowGroups(stream, SCHEMA, compression=compression, statistics=statistics, metadata=metadata)
+        self._held = empty_batch()
         self._rows_in = 0
         self._rows_written = 0
 
@@ -120,28 +110,22 @@ class Writer:
             kept = kept.filter(pl.col("outcome") == Outcome.OK.value)
         self._rows_in += batch.height
         self._rows_written += kept.height
-        self._held.append(kept)
-        self._held_rows += kept.height
-        if self._held_rows >= ROW_GROUP_ROWS:
-            self._spill()
+        self._held = pl.concat([self._held, kept])
+        while self._held.height >= ROW_GROUP_ROWS:
+            self._write(self._held[:ROW_GROUP_ROWS])
+            self._held = self._held[ROW_GROUP_ROWS:]
 
     def close(self) -> WriteReport:
-        """Put the row groups into the stream and say what was done."""
-        try:
-            self._spill()
-            with writing():
-                pl.scan_parquet(self._parts, glob=False, hive_partitioning=False).sink_parquet(
-                    self._stream, row_group_size=ROW_GROUP_ROWS
-                )
-            self._stream.flush()
-        finally:
-            self._remove()
+        """Write what is left and say what was done."""
+        if self._held.height:
+            self._write(self._held)
+        self._groups.close()
+        self._stream.flush()
         dropped = self._rows_in - self._rows_written
         return WriteReport(self._rows_in, self._rows_written, {"failure": dropped} if dropped else {}, {})
 
-    def _spill(self) -> None:
-        part = self._folder / f"{len(self._parts)}.parquet"
-        with writing():
-            pl.concat([empty_batch(), *self._held]).write_parquet(part, compression="lz4")
-        self._parts.append(part)
-        self._held, self._held_rows = [], 0
+    def _write(self, rows: pl.DataFrame) -> None:
+        try:
+            self._groups.write(rows)
+        except BROKEN_PARQUET as error:
+            raise TraceFormatError(f"expected rows that Parquet can hold, polars says: {shown_line(error)}") from error
