@@ -25,6 +25,7 @@ from fastapi import FastAPI
 
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.exchange import Gateway, Journal, uuid7
+from proxy.logs import configure_logging
 from proxy.server import ClientConnection
 from proxy.sessions import SessionTable, load_secret
 from proxy.settings import Settings
@@ -103,6 +104,7 @@ def build_app(settings: Settings) -> GatewayApp:
         gateway.stop()
         await asyncio.sleep(0)  # the connections cut there say so
         gateway.fleet.close()
+        await asyncio.to_thread(gateway.end_telemetry)  # which still counts
         await asyncio.to_thread(gateway.journal.close)
         gateway.sessions.close()
 
@@ -201,6 +203,7 @@ def run_worker(task: ChildTask) -> None:
         def apply() -> None:
             try:
                 app.gateway.apply(settings)
+                configure_logging("worker", settings.log)
                 server.config.timeout_graceful_shutdown = drain_seconds(settings)
             except Exception as error:  # noqa: BLE001 (raised again where it was asked for)
                 done.set_exception(error)

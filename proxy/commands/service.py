@@ -69,6 +69,10 @@ def serve(
         settings = load_config(config, **flags).settings
         if not settings.upstreams:
             raise ConfigError("upstreams: name at least one, as in --upstream http://127.0.0.1:8000")
+        if settings.telemetry.otlp_endpoint is not None:
+            from proxy.otel import check_exporter
+
+            check_exporter()
         return settings
 
     def warn(line: str) -> None:
@@ -101,12 +105,12 @@ def serve(
 @app.command()
 def record(data_dir: DataDir = None, database_url: DatabaseUrl = None, config: Config = None) -> None:
     """Run the recorder alone: journal in, database out."""
-    from proxy.child import configure_logging
+    from proxy.logs import configure_logging
     from proxy.record import open_recorder, run_recorder
 
     settings = load_config(config, data_dir=data_dir, database_url=database_url).settings
     prepare_data_dir(settings)
-    configure_logging("recorder")
+    configure_logging("recorder", settings.log)
     run_recorder(open_recorder(settings))
 
 
