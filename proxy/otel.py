@@ -12,6 +12,7 @@ when they start. The exporter's own environment variables (`OTEL_EXPORTER_OTLP_C
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -129,6 +130,9 @@ class _Exporting:
     def join(self) -> None:
         """Wait for its end; a collector that does not answer in `STOP_S` is left."""
         self._thread.join(STOP_S)
+        if self._thread.is_alive() and self._exporter is not None:
+            self._exporter.shutdown()  # ends its pauses between retries
+            self._thread.join(0.1)
 
     def _run(self) -> None:
         # It writes a line for each retry; here, one tells of all until the collector answers again.
@@ -141,7 +145,8 @@ class _Exporting:
         while not self._stopping.wait(self._interval_s):
             self._export_safely()
         self._export_safely()
-        self._exporter.shutdown()
+        with contextlib.suppress(Exception):
+            self._exporter.shutdown()
 
     def _export_safely(self) -> None:
         try:
@@ -191,11 +196,13 @@ class SpanExporting(_Exporting):
     def __init__(self, settings: Settings, tracer: Tracer) -> None:
         super().__init__(settings, SPAN_INTERVAL_S)
         self._tracer = tracer
+        self._sending = 0
+        """Spans that are on their way."""
 
     def join(self) -> None:
         """As its base; what is left then counts as lost."""
         super().join()
-        self._tracer.close()
+        self._tracer.close(self._sending)
 
     def _open(self) -> None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -214,7 +221,9 @@ class SpanExporting(_Exporting):
             spans: list[ReadableSpan] = []
             for _ in range(min(len(queue), MAX_BATCH)):
                 spans += self._made_of.spans(queue.popleft())
+            self._sending = len(spans)
             is_taken = self._exporter.export(spans) is SpanExportResult.SUCCESS
+            self._sending = 0
             self._tracer.sent(len(spans), is_taken=is_taken)
             self._told(is_taken)
             if self._stopping.is_set() and not is_taken:
@@ -428,7 +437,8 @@ class MetricExporting(_Exporting):
             if family.type not in ("counter", "gauge"):
                 continue
             points = [
-                NumberDataPoint(dict(sample.labels), self._since_ns, now_ns, sample.value) for sample in family.samples
+                NumberDataPoint(dict(sample.labels), self._since_ns, now_ns, float(sample.value))
+                for sample in family.samples
             ]
             data: Any = Gauge(points)
             if family.type == "counter":

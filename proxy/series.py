@@ -92,8 +92,8 @@ TRACE_EXEMPLAR_S = 60
 """How long an exemplar stands before another replaces it; one that names a trace stands longer, and gives way to the
 next of its kind."""
 
-SERIES_BLOCKS = (f"series[{ROWS * ROW_SLOTS}]", f"exemplars[{_EXEMPLARS * EXEMPLAR_SLOTS}]")
-"""The names of both blocks."""
+SERIES_BLOCKS = (f"exemplars[{_EXEMPLARS * EXEMPLAR_SLOTS}]", f"series[{ROWS * ROW_SLOTS}]")
+"""The names of both blocks; the rows come last, so that those that nobody took can be cut off in the end."""
 
 Key = tuple[str, str, str]
 """Operation, model, upstream."""

@@ -150,9 +150,9 @@ class WorkerMetrics:
             slots[_QUEUE_SUM] += int(record.queue_s * 1e6)
         self._series.ended(record, operation, ttft_bucket, e2e_bucket, upstream_s)
 
-    def span_dropped(self) -> None:
-        """A request that was to have a span found the exporter's queue full."""
-        self._slots[_SPANS_DROPPED_QUEUE] += 1
+    def spans_dropped(self, count: int) -> None:
+        """The exporter's queue was full, or its time was up."""
+        self._slots[_SPANS_DROPPED_QUEUE] += count
 
     def spans_sent(self, count: int, *, is_taken: bool) -> None:
         """The collector has taken them, or they are lost. Only the exporter's thread calls this."""
@@ -346,7 +346,7 @@ def worker_metrics(values: Mapping[str, int], examples: Mapping[int, Example] | 
     yield CounterMetricFamily("burstgate_spans_exported", "Spans that the collector took.", get("spans_exported"))
     lost = CounterMetricFamily(
         "burstgate_spans_dropped",
-        "Spans that were lost, by reason: the queue was full, or the collector did not take them.",
+        "Spans that were lost, by reason: the queue was full (or the worker ended), the collector did not take them.",
         labels=["reason"],
     )
     for reason in SPAN_DROP_REASONS:

@@ -129,6 +129,11 @@ class Finished:
         self.operation = operation
         self.start_ns = start_ns
 
+    @property
+    def count(self) -> int:
+        """How many spans."""
+        return 1 + len(self.trace.attempts)
+
 
 def _draw(bits: int) -> int:
     """A random id; not zero."""
@@ -155,7 +160,7 @@ class Tracer:
     def put(self, finished: Finished) -> None:
         """Keep it for the exporter, or count it as dropped."""
         if len(self.queue) >= MAX_QUEUED:
-            self._metrics().span_dropped()
+            self._metrics().spans_dropped(finished.count)
         else:
             self.queue.append(finished)
 
@@ -164,9 +169,8 @@ class Tracer:
         if not self._is_closed:
             self._metrics().spans_sent(count, is_taken=is_taken)
 
-    def close(self) -> None:
-        """What still waits is dropped, and from now on nothing is counted: the counters are being closed."""
-        for _ in range(len(self.queue)):
-            self._metrics().span_dropped()
+    def close(self, sending: int) -> None:
+        """Count what waits, and what is on its way, as lost; from now on nothing is: the counters are being closed."""
         self._is_closed = True
+        self._metrics().spans_dropped(sending + sum([each.count for each in self.queue]))
         self.queue.clear()

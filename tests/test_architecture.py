@@ -179,7 +179,7 @@ def test_every_folder_is_a_package() -> None:
                 "typer",
                 "rich",
                 "httpx",
-                "opentelemetry",
+                "opentelemetry.sdk",
             },
         ),
         ("proxy.supervisor", {"sqlalchemy", "polars", "alembic", "numpy", "psycopg", "fastapi", "uvicorn"}),
