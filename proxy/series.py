@@ -189,12 +189,11 @@ class Exemplars:
         self._slots = slots
         self._first = first
 
-    def offer(self, place: int, value_s: float, at_s: float, request_id: str, trace_id: str | None) -> None:
-        """Take a request for one of the buckets, unless the one there is too young to go."""
+    def take(self, place: int, value_s: float, at_s: float, request_id: str, trace_id: str | None) -> None:
+        """Take a request for one of the buckets. at_s: when it ended; not before the one there may be replaced, unless
+        it has a trace."""
         slots = self._slots
         start = self._first + place * EXEMPLAR_SLOTS
-        if at_s < slots[start + 1] and trace_id is None:
-            return
         number = int((trace_id or request_id).replace("-", ""), 16)
         begun = slots[start + 6] + 1
         slots[start + 6] = begun

@@ -26,6 +26,8 @@ from prometheus_client.core import (
 from proxy.series import (
     E2E_BUCKETS_S,
     E2E_EXEMPLARS,
+    EXEMPLAR_SLOTS,
+    HISTOGRAMS,
     SERIES_BLOCKS,
     TPOT_BUCKETS_S,
     TTFT_BUCKETS_S,
@@ -37,14 +39,14 @@ from proxy.series import (
     SeriesTable,
     add_examples,
     add_rows,
+    column,
+    fold,
     histogram,
     series_metrics,
 )
 from storage.counters import places, read_blocks
 from storage.journal import DROP_REASONS, JOURNAL_COUNTERS, RETIRED, is_writer_alive, list_directory, writer_directories
 from traces.record import Outcome, TraceRecord
-
-QUEUE_BUCKETS_S = TTFT_BUCKETS_S
 
 
 def _histogram_names(name: str, buckets: tuple[float, ...]) -> tuple[str, ...]:
@@ -59,10 +61,6 @@ WORKER_COUNTERS = (
     "accounting_errors",
     "retries",
     *(f"outcome_{outcome.value}" for outcome in Outcome),
-    *_histogram_names("ttft", TTFT_BUCKETS_S),
-    *_histogram_names("e2e", E2E_BUCKETS_S),
-    *_histogram_names("tpot", TPOT_BUCKETS_S),
-    *_histogram_names("queue", QUEUE_BUCKETS_S),
     "spans_exported",
     "spans_dropped_queue",
     "spans_dropped_export",
@@ -79,14 +77,9 @@ _ACCOUNTING_ERRORS = _SLOT["accounting_errors"]
 _RETRIES = _SLOT["retries"]
 # By text: an enum's own hash is a call in Python.
 _OUTCOMES = {outcome.value: _SLOT[f"outcome_{outcome.value}"] for outcome in Outcome}
-_TTFT = _SLOT[f"ttft_le_{TTFT_BUCKETS_S[0]:g}"]
-_TTFT_SUM = _SLOT["ttft_sum_us"]
-_E2E = _SLOT[f"e2e_le_{E2E_BUCKETS_S[0]:g}"]
-_E2E_SUM = _SLOT["e2e_sum_us"]
-_TPOT = _SLOT[f"tpot_le_{TPOT_BUCKETS_S[0]:g}"]
-_TPOT_SUM = _SLOT["tpot_sum_us"]
-_QUEUE = _SLOT[f"queue_le_{QUEUE_BUCKETS_S[0]:g}"]
-_QUEUE_SUM = _SLOT["queue_sum_us"]
+_EXEMPLAR_DUE = _SLOT["exemplars"] + 1
+"""From when on the first bucket's exemplar may be replaced."""
+_E2E_EXEMPLAR_DUE = _EXEMPLAR_DUE + E2E_EXEMPLARS * EXEMPLAR_SLOTS
 _SPANS_EXPORTED = _SLOT["spans_exported"]
 _SPANS_DROPPED_QUEUE = _SLOT["spans_dropped_queue"]
 _SPANS_DROPPED_EXPORT = _SLOT["spans_dropped_export"]
@@ -128,26 +121,17 @@ class WorkerMetrics:
             slots[_REQUEST_TOKENS] += request_tokens
         if response_tokens:
             slots[_RESPONSE_TOKENS] += response_tokens
-        ended_s = record.received_at
         e2e_s = record.elapsed_s or 0.0
-        ended_s += e2e_s
+        ended_s = record.received_at + e2e_s
         ttft_s = record.ttft_s
         ttft_bucket = 0
         if ttft_s is not None:
             ttft_bucket = bisect_left(TTFT_BUCKETS_S, ttft_s)
-            slots[_TTFT + ttft_bucket] += 1
-            slots[_TTFT_SUM] += int(ttft_s * 1e6)
-            self._exemplars.offer(ttft_bucket, ttft_s, ended_s, record.request_id, trace_id)
+            if trace_id is not None or ended_s >= slots[_EXEMPLAR_DUE + ttft_bucket * EXEMPLAR_SLOTS]:
+                self._exemplars.take(ttft_bucket, ttft_s, ended_s, record.request_id, trace_id)
         e2e_bucket = bisect_left(E2E_BUCKETS_S, e2e_s)
-        slots[_E2E + e2e_bucket] += 1
-        slots[_E2E_SUM] += int(e2e_s * 1e6)
-        self._exemplars.offer(E2E_EXEMPLARS + e2e_bucket, e2e_s, ended_s, record.request_id, trace_id)
-        if record.tpot_s is not None:
-            slots[_TPOT + bisect_left(TPOT_BUCKETS_S, record.tpot_s)] += 1
-            slots[_TPOT_SUM] += int(record.tpot_s * 1e6)
-        if record.queue_s is not None:
-            slots[_QUEUE + bisect_left(QUEUE_BUCKETS_S, record.queue_s)] += 1
-            slots[_QUEUE_SUM] += int(record.queue_s * 1e6)
+        if trace_id is not None or ended_s >= slots[_E2E_EXEMPLAR_DUE + e2e_bucket * EXEMPLAR_SLOTS]:
+            self._exemplars.take(E2E_EXEMPLARS + e2e_bucket, e2e_s, ended_s, record.request_id, trace_id)
         self._series.ended(record, operation, ttft_bucket, e2e_bucket, upstream_s)
 
     def spans_dropped(self, count: int) -> None:
@@ -236,7 +220,19 @@ class CountersReader:
         for row, counts in total.rows.items():
             rows[row] = [a + b for a, b in zip(rows[row], counts, strict=True)] if row in rows else counts
         total.rows = self._labels.bound(rows)
+        add_histograms(total.values, total.rows)
         return total
+
+
+def add_histograms(values: dict[str, int], rows: Rows) -> None:
+    """Add what the rows have counted of times, all together, to the slots by name; older versions had slots of them."""
+    for counts in fold(rows, keep=()).values():
+        for name, bounds in HISTOGRAMS:
+            if name in ("ttft", "e2e", "tpot"):
+                buckets, total_us = column(counts, name, bounds)
+                names = _histogram_names(name, bounds)
+                for each, value in zip(names, (*buckets, total_us), strict=True):
+                    values[each] = values.get(each, 0) + value
 
 
 def counting_since_ns(journal: Path) -> int:
@@ -339,9 +335,6 @@ def worker_metrics(values: Mapping[str, int], examples: Mapping[int, Example] | 
         "tpot",
         TPOT_BUCKETS_S,
         values,
-    )
-    yield _histogram(
-        "burstgate_queue_seconds", "Time held by shaping, of requests that were held.", "queue", QUEUE_BUCKETS_S, values
     )
     yield CounterMetricFamily("burstgate_spans_exported", "Spans that the collector took.", get("spans_exported"))
     lost = CounterMetricFamily(

@@ -102,7 +102,7 @@ def metrics_page() -> str:
             text = client.get("/metrics").text
         installation.journal.close()
     rows = []
-    for family in text_string_to_metric_families(text):  # type: ignore[no-untyped-call]
+    for family in text_string_to_metric_families(text):
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = dict.fromkeys(label for sample in family.samples for label in sample.labels if label != "le")
         shown = ", ".join(f"`{label}`" for label in labels)

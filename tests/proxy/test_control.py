@@ -54,7 +54,7 @@ class Installation:
         if outcome is not None:
             record = TraceRecord(
                 request_id(self._count), time.time(), elapsed_s=0.5, model="m", outcome=outcome, ttft_s=0.02,
-                tpot_s=0.01, queue_s=0.1, request_tokens=7, response_tokens=3, upstream="http://user-a:8000",
+                tpot_s=0.01, request_tokens=7, response_tokens=3, upstream="http://user-a:8000",
             )  # fmt: skip
             self.journal.end(record)
             self.metrics.ended(record, "chat", 0.4)

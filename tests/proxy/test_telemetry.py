@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.core import Metric
 
-from proxy.series import E2E_BUCKETS_S, TTFT_BUCKETS_S
+from proxy.series import E2E_BUCKETS_S, TTFT_BUCKETS_S, Rows, add_rows
 from proxy.telemetry import (
     GAUGES,
     WORKER_COUNTERS,
     WorkerMetrics,
+    add_histograms,
     sum_counters,
     worker_metrics,
 )
@@ -42,7 +43,12 @@ def counted(*ended: tuple[Outcome, int | None, int | None, float | None, float])
     metrics = WorkerMetrics(slots)
     for each in ended:
         metrics.ended(record(*each))
-    return {name: slots[place] for name, place in places(NAMES)}
+    places_of = dict(places(NAMES))
+    values = {name: slots[place] for name, place in places_of.items()}
+    rows: Rows = {}
+    add_rows(rows, slots[places_of["series"] :])
+    add_histograms(values, rows)
+    return values
 
 
 def record(
