@@ -23,22 +23,23 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, Exemplar, HistogramMetricFamily, Metric
 
 from traces.record import Outcome, TraceRecord
 
-TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-E2E_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-TPOT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304, 16777216, 67108864)
+TTFT_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+E2E_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TPOT_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+TOKEN_BUCKETS: Final = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304, 16777216, 67108864)
 """The last two as OpenTelemetry's GenAI conventions advise."""
 
-MAX_MODELS = 64
+MAX_MODELS: Final = 64
 MAX_UPSTREAMS = 64
 """Of all workers together, in what is shown."""
-ROWS = 256
-OTHER = "other"
+ROWS: Final = 256
+OTHER: Final = "other"
 _KEY_SLOTS = 48
 _MAX_MODEL_BYTES = 192
 _MAX_UPSTREAM_BYTES = 128
@@ -67,28 +68,28 @@ def _columns() -> dict[str, int]:
 
 COLUMNS = _columns()
 """Where each histogram begins behind a row's key; the outcomes are the first."""
-ROW_SLOTS = 1 + _KEY_SLOTS + COLUMNS["end"]
-_COUNTS = 1 + _KEY_SLOTS
-_OUTCOME_AT = {name: _COUNTS + index for index, name in enumerate(_OUTCOMES)}
-_REQUEST_TOKENS = _COUNTS + COLUMNS["request_tokens"]
-_RESPONSE_TOKENS = _COUNTS + COLUMNS["response_tokens"]
-_TTFT = _COUNTS + COLUMNS["ttft"]
-_E2E = _COUNTS + COLUMNS["e2e"]
-_UPSTREAM = _COUNTS + COLUMNS["upstream"]
-_TPOT = _COUNTS + COLUMNS["tpot"]
-_TTFT_SUM = _TTFT + len(TTFT_BUCKETS_S) + 1
-_E2E_SUM = _E2E + len(E2E_BUCKETS_S) + 1
-_UPSTREAM_SUM = _UPSTREAM + len(E2E_BUCKETS_S) + 1
-_TPOT_SUM = _TPOT + len(TPOT_BUCKETS_S) + 1
-_TOKENS_SUM = len(TOKEN_BUCKETS) + 1
+ROW_SLOTS: Final = 1 + _KEY_SLOTS + COLUMNS["end"]
+_COUNTS: Final = 1 + _KEY_SLOTS
+_OUTCOME_AT: Final = {name: _COUNTS + index for index, name in enumerate(_OUTCOMES)}
+_REQUEST_TOKENS: Final = _COUNTS + COLUMNS["request_tokens"]
+_RESPONSE_TOKENS: Final = _COUNTS + COLUMNS["response_tokens"]
+_TTFT: Final = _COUNTS + COLUMNS["ttft"]
+_E2E: Final = _COUNTS + COLUMNS["e2e"]
+_UPSTREAM: Final = _COUNTS + COLUMNS["upstream"]
+_TPOT: Final = _COUNTS + COLUMNS["tpot"]
+_TTFT_SUM: Final = _TTFT + len(TTFT_BUCKETS_S) + 1
+_E2E_SUM: Final = _E2E + len(E2E_BUCKETS_S) + 1
+_UPSTREAM_SUM: Final = _UPSTREAM + len(E2E_BUCKETS_S) + 1
+_TPOT_SUM: Final = _TPOT + len(TPOT_BUCKETS_S) + 1
+_TOKENS_SUM: Final = len(TOKEN_BUCKETS) + 1
 
-EXEMPLAR_SLOTS = 7
+EXEMPLAR_SLOTS: Final = 7
 EXEMPLAR_HISTOGRAMS = (("ttft", TTFT_BUCKETS_S), ("e2e", E2E_BUCKETS_S))
-E2E_EXEMPLARS = len(TTFT_BUCKETS_S) + 1
+E2E_EXEMPLARS: Final = len(TTFT_BUCKETS_S) + 1
 """Where those of the second begin."""
 _EXEMPLARS = sum(len(bounds) + 1 for _, bounds in EXEMPLAR_HISTOGRAMS)
-EXEMPLAR_S = 1
-TRACE_EXEMPLAR_S = 60
+EXEMPLAR_S: Final = 1
+TRACE_EXEMPLAR_S: Final = 60
 """How long an exemplar stands before another replaces it; one that names a trace stands longer, and gives way to the
 next of its kind."""
 

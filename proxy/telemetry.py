@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import Final
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -77,12 +78,12 @@ _ACCOUNTING_ERRORS = _SLOT["accounting_errors"]
 _RETRIES = _SLOT["retries"]
 # By text: an enum's own hash is a call in Python.
 _OUTCOMES = {outcome.value: _SLOT[f"outcome_{outcome.value}"] for outcome in Outcome}
-_EXEMPLAR_DUE = _SLOT["exemplars"] + 1
+_EXEMPLAR_DUE: Final = _SLOT["exemplars"] + 1
 """From when on the first bucket's exemplar may be replaced."""
-_E2E_EXEMPLAR_DUE = _EXEMPLAR_DUE + E2E_EXEMPLARS * EXEMPLAR_SLOTS
-_SPANS_EXPORTED = _SLOT["spans_exported"]
-_SPANS_DROPPED_QUEUE = _SLOT["spans_dropped_queue"]
-_SPANS_DROPPED_EXPORT = _SLOT["spans_dropped_export"]
+_E2E_EXEMPLAR_DUE: Final = _EXEMPLAR_DUE + E2E_EXEMPLARS * EXEMPLAR_SLOTS
+_SPANS_EXPORTED: Final = _SLOT["spans_exported"]
+_SPANS_DROPPED_QUEUE: Final = _SLOT["spans_dropped_queue"]
+_SPANS_DROPPED_EXPORT: Final = _SLOT["spans_dropped_export"]
 SPAN_DROP_REASONS = ("queue", "export")
 
 
