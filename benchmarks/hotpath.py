@@ -34,7 +34,7 @@ from storage.entries import Begun
 from storage.journal import JournalWriter
 from storage.recorder import Recorder
 from storage.sink import open_sink
-from traces.record import Outcome, TokenSource, TraceRecord
+from traces.record import TokenSource, TraceRecord
 from wire.accounting import StreamAccount, UnaryAccount
 from wire.openai import ask_for_usage, read_request
 from wire.shapes import CutJson, Family
@@ -184,7 +184,7 @@ def measure_journal() -> Iterator[tuple[str, float]]:
 
         yield "journal.begin + end, records made before", best_us(both)
         metrics = WorkerMetrics(journal.slots)
-        yield "WorkerMetrics.ended", best_us(lambda: metrics.ended(Outcome.OK, 131, 64, 0.0456, 1.234))
+        yield "WorkerMetrics.ended", best_us(lambda: metrics.ended(end, "chat", 1.2))
         journal.close()
 
 

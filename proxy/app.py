@@ -26,6 +26,7 @@ from fastapi import FastAPI
 
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.exchange import Gateway, Journal, uuid7
+from proxy.logs import configure_logging
 from proxy.server import ClientConnection
 from proxy.sessions import SessionTable, load_secret
 from proxy.settings import Settings
@@ -113,6 +114,7 @@ def build_app(settings: Settings) -> GatewayApp:
         gateway.stop()
         await asyncio.sleep(0)  # the connections cut there say so
         gateway.fleet.close()
+        await asyncio.to_thread(gateway.end_telemetry)  # which still counts
         await asyncio.to_thread(gateway.journal.close)
         gateway.sessions.close()
         remove_view(settings.data_dir, os.getpid())
@@ -236,6 +238,7 @@ def run_worker(task: ChildTask) -> None:
             try:
                 app.gateway.apply(settings)
                 app.changed.set()
+                configure_logging("worker", settings.log)
                 server.config.timeout_graceful_shutdown = drain_seconds(settings)
             except Exception as error:  # noqa: BLE001 (raised again where it was asked for)
                 done.set_exception(error)

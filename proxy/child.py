@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from proxy.config_error import ConfigError
+from proxy.logs import configure_logging
 from proxy.settings import Settings, validate
 
 log = logging.getLogger("burstgate")
@@ -74,15 +75,6 @@ def encode_settings(settings: Settings) -> bytes:
     return b'{"settings":%b}\n' % settings.model_dump_json().encode()
 
 
-def configure_logging(name: str) -> None:
-    """One line an event on standard error: time, process, level, text."""
-    logging.basicConfig(
-        level=logging.WARNING, format=f"%(asctime)s burstgate {name}[%(process)d] %(levelname)s %(message)s"
-    )
-    # It reports every answer that a vanished upstream or client left unfinished; those are records, not errors.
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-
-
 def read_task(name: str) -> ChildTask:
     """The process's task, from standard input. Raises ConfigError.
 
@@ -95,8 +87,10 @@ def read_task(name: str) -> ChildTask:
     while (byte := os.read(0, 1)) not in (b"\n", b""):  # what lies behind the line is for `watch_parent`
         line += byte
     fields = json.loads(line)
+    settings = validate(fields["settings"], {})
+    configure_logging(name, settings.log)
     return ChildTask(
-        validate(fields["settings"], {}),
+        settings,
         fields["socket_fd"],
         fields["ready_fd"],
         tuple(fields["more_socket_fds"]),

@@ -20,8 +20,9 @@ import msgspec
 import uvicorn
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 
@@ -30,8 +31,9 @@ from proxy.child import ChildTask, run_child, watch_parent
 from proxy.control_config import Steering, config_router
 from proxy.control_traces import Reader, traces_router
 from proxy.doctor import Check, balance_of, diagnose
+from proxy.logs import configure_logging
 from proxy.settings import Settings, show_value
-from proxy.telemetry import sum_counters, worker_metrics
+from proxy.telemetry import CountersReader, Totals, all_worker_metrics, counting_since_ns, sum_counters
 from storage.doctor import Balance, live_writers
 from storage.errors import DatabaseUnavailable, DatabaseUrlError
 from storage.journal import DROP_REASONS, directory_bytes
@@ -68,11 +70,40 @@ class _Metrics(Collector):
     def __init__(self, settings: Settings, balances: _Balances) -> None:
         self._settings = settings
         self._balances = balances
+        self._reader = CountersReader(settings.journal_dir)
+        self._exporting: Any = None
+        self._export_failures = 0
+
+    def export(self, settings: Settings | None) -> None:
+        """Send all of it to the collector of these settings from now on; None: to nobody. Raises ConfigError."""
+        exporting = None
+        if settings is not None and settings.telemetry.otlp_endpoint is not None:
+            if self._exporting is not None and self._exporting.settings == settings:
+                return
+            from proxy.otel import MetricExporting
+
+            exporting = MetricExporting(settings, self._gather)
+            exporting.start()
+        old, self._exporting = self._exporting, exporting
+        if old is not None:
+            old.stop()
+            self._export_failures += old.failures
+
+    def _gather(self) -> tuple[Totals, list[Metric], int]:
+        totals = self._reader.read()
+        return totals, list(self._families(totals)), counting_since_ns(self._settings.journal_dir)
 
     def collect(self) -> Iterator[Metric]:
         """The metrics now."""
+        return self._families(self._reader.read())
+
+    def _families(self, totals: Totals) -> Iterator[Metric]:
         journal = self._settings.journal_dir
-        yield from worker_metrics(sum_counters(journal))
+        yield from all_worker_metrics(totals)
+        failures = self._export_failures + (self._exporting.failures if self._exporting is not None else 0)
+        yield CounterMetricFamily(
+            "burstgate_metric_exports_failed", "Exports of metrics that the collector did not take.", failures
+        )
         yield GaugeMetricFamily("burstgate_workers", "Gateway workers that live.", live_writers(journal))
         yield GaugeMetricFamily(
             "burstgate_journal_size_bytes", "Size of the journal's segments.", directory_bytes(journal)
@@ -138,14 +169,17 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None) 
     """
     balances = _Balances(settings)
     registry = CollectorRegistry()
-    registry.register(_Metrics(settings, balances))
+    source = _Metrics(settings, balances)
+    registry.register(source)
     started_s = time.monotonic()
     version = importlib.metadata.version("burstgate")
 
     async def lifespan(app: FastAPI) -> Any:
         async with asyncio.TaskGroup() as tasks:
             keeper = tasks.create_task(balances.keep())
+            source.export(settings)
             yield
+            source.export(None)
             keeper.cancel()
             reader.close()
 
@@ -172,6 +206,7 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None) 
 
     app.include_router(traces_router(reader))
     app.include_router(config_router(Steering(current, reload, audit), _actor))
+    app.state.export = source.export
 
     def as_json(value: object) -> Response:
         return Response(msgspec.json.encode(value), media_type="application/json")
@@ -182,9 +217,10 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None) 
         return Response("ok\n", media_type="text/plain")
 
     @app.get("/metrics")
-    def metrics() -> Response:
-        """Everything for Prometheus, all workers in one scrape."""
-        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
+    def metrics(request: Request) -> Response:
+        """Everything for Prometheus, all workers in one scrape; with exemplars for those who accept OpenMetrics."""
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), headers={"content-type": content_type})
 
     @app.get("/api/v1/status")
     def status() -> Response:
@@ -244,6 +280,8 @@ def run_control(task: ChildTask) -> None:
 
     def reload(settings: Settings) -> None:
         app.state.settings = settings
+        app.state.export(settings)
+        configure_logging("control", settings.log)
 
     watch_parent(stop, reload)
     task.tell_ready_when(lambda: server.started)

@@ -24,6 +24,7 @@ from proxy.settings import (
     UpstreamSettings,
     changes,
     setting_keys,
+    show_setting,
     show_value,
     value_of,
 )
@@ -86,7 +87,7 @@ def _row(settings: Settings, key: str, steered: dict[str, Any]) -> SettingRow:
         needs = "stop"
     elif group in NEED_RESTART:
         needs = "restart"
-    return SettingRow(key, show_value(value_of(settings, key)), needs, key in steered)
+    return SettingRow(key, show_setting(key, value_of(settings, key)), needs, key in steered)
 
 
 def _shown(revision: Revision) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _shown(revision: Revision) -> dict[str, Any]:
         "at": revision.at,
         "actor": revision.actor,
         "note": revision.note,
-        "values": {key: show_value(value) for key, value in revision.values.items()},
+        "values": {key: show_setting(key, value) for key, value in revision.values.items()},
         "kept": revision.kept,
     }
 

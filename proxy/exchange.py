@@ -22,12 +22,14 @@ from urllib.parse import unquote_to_bytes
 from proxy.answer_head import AnswerHead
 from proxy.errors import GatewayError, error_body
 from proxy.estimates import Estimates
+from proxy.logs import FailureLog
 from proxy.prefix import prefix_blocks, prompt_of
 from proxy.request_head import LOG_TYPES, RequestHead, clean, countable
 from proxy.server import ClientConnection, Incoming
 from proxy.sessions import ConversationKeys, SessionTable, conversation_keys, response_key
-from proxy.settings import Settings
+from proxy.settings import Settings, TelemetrySettings
 from proxy.telemetry import WorkerMetrics
+from proxy.tracing import Trace, Tracer
 from proxy.upload import Upload
 from proxy.upstream import Fleet, Selection, Upstream
 from proxy.watch import Timers, Watch
@@ -50,6 +52,10 @@ STREAM_BODY_BYTES = 1024 * 1024
 _WITH_LENGTH = frozenset({b"POST", b"PUT", b"PATCH"})
 """Methods whose empty body has a Content-Length (RFC 9110, section 8.6)."""
 _SSE_COMMENT = b": keep-alive\n\n"
+_OPERATIONS = {family.value: family.value for family in Family} | {
+    "completions": "text_completion", "responses": "chat", "messages": "chat",
+}  # fmt: skip
+"""OpenTelemetry's words for the families (`gen_ai.operation.name`); where it has none, ours."""
 
 
 def uuid7(wall_s: float, draw: Callable[[int], int] = random.getrandbits) -> str:
@@ -106,9 +112,20 @@ class Gateway:
         """Connections end with what they have now."""
         self.watch = Watch(self.connections)
         self._tasks: set[asyncio.Task[None]] = set()
+        self.tracer: Tracer | None = None
+        """None: no request has a span."""
+        self.failure_log: FailureLog | None = None
+        self._telemetry = TelemetrySettings()
+        self._exporting: Any = None
         self._use(settings)
 
     def _use(self, settings: Settings) -> None:
+        if settings.telemetry != self._telemetry:
+            self._trace(settings)
+        if settings.log.has_failures:
+            self.failure_log = FailureLog(settings.log.failures_per_s)
+        else:
+            self.failure_log = None
         self.settings = settings
         self.name = settings.gateway
         self.session_header = settings.sessions.header.encode()
@@ -122,6 +139,28 @@ class Gateway:
         self.keeps_prefixes = settings.record.prefix_blocks
         self.retry_statuses = frozenset(settings.retry.statuses)
         self.watch.timers = Timers.of(settings.timeouts)
+
+    def _trace(self, settings: Settings) -> None:
+        """Give requests spans, or others, or none any more. Raises ConfigError; then nothing has changed."""
+        tracer = exporting = None
+        if settings.telemetry.otlp_endpoint is not None:
+            from proxy.otel import SpanExporting
+
+            tracer = Tracer(settings.telemetry.traces_sample, self._current_metrics)
+            exporting = SpanExporting(settings, tracer)
+            exporting.start()
+        if self._exporting is not None:
+            self._exporting.stop()
+        self.tracer, self._exporting, self._telemetry = tracer, exporting, settings.telemetry
+
+    def _current_metrics(self) -> WorkerMetrics:
+        return self.metrics
+
+    def end_telemetry(self) -> None:
+        """Send what has not gone to the collector yet; waits for it, but not for long."""
+        if self._exporting is not None:
+            self._exporting.stop()
+            self._exporting.join()
 
     def apply(self, settings: Settings) -> None:
         """Take over a reloaded configuration; requests that run keep what they have been told."""
@@ -161,7 +200,7 @@ class Request(Incoming):
                  "client_gone", "endpoint", "error", "exchange", "facts", "family", "gateway", "is_over",
                  "is_recorded", "keys", "log_type", "model", "path", "prefix", "received_at", "request_id",
                  "selection", "sends_usage", "session", "shown_id", "start_ns", "status", "tenant", "timed_out",
-                 "upstream")  # fmt: skip
+                 "trace", "upstream")  # fmt: skip
 
     def __init__(
         self, gateway: Gateway, connection: ClientConnection, method: bytes, target: bytes, head: RequestHead
@@ -201,6 +240,8 @@ class Request(Incoming):
         self.upstream: Upstream | None = None
         self.body_bytes = 0
         self.status: int | None = None
+        self.trace: Trace | None = None
+        """Of a request that gets a span."""
         self.sends_usage = False
         self.account: Account = _NO_ACCOUNT
         self._parts: list[bytes] = []
@@ -227,6 +268,8 @@ class Request(Incoming):
     def start(self) -> None:
         """Its turn has come."""
         self.gateway.watch.add(self)
+        if self.gateway.tracer is not None:
+            self.trace = self.gateway.tracer.start(self.head)
         if (self.content_length or 0) > self.gateway.body_limit or self._size > self.gateway.body_limit:
             self._refuse(self._too_large())
         elif self.is_whole:
@@ -474,8 +517,7 @@ class Request(Incoming):
                 if asking is not None:
                     body = asking
                     self.sends_usage = True
-            head = self.head
-            lines = b"%bx-request-id: %b\r\n" % (head.lines, self.shown_id)
+            lines = b"%bx-request-id: %b\r\n" % (self._upstream_lines(upstream), self.shown_id)
             if body or self.content_length is not None or self.method in _WITH_LENGTH:
                 lines += b"content-length: %d\r\n" % len(body)
             exchange = upstream.client.start(self.method, self.target, lines, body)
@@ -486,6 +528,12 @@ class Request(Incoming):
             self._task = self.gateway.spawn(self._connect(upstream, lines, body))
         else:
             self._task = self.gateway.spawn(self._send_upload(upstream, upload or Upload(self.connection, [body])))
+
+    def _upstream_lines(self, upstream: Upstream) -> bytes:
+        """The client's headers, as this upstream gets them."""
+        if self.trace is None:
+            return self.head.lines
+        return self.trace.sends(self.head, upstream.name, upstream.client.url, time.monotonic_ns())
 
     async def _connect(self, upstream: Upstream, lines: bytes, body: bytes) -> None:
         """As `_forward`, where a connection must be made first."""
@@ -502,7 +550,7 @@ class Request(Incoming):
         """Send a body that is still arriving, or one with trailers."""
         if self._upload is None:
             upload.end()
-        lines = b"%bx-request-id: %b\r\n" % (self.head.lines, self.shown_id)
+        lines = b"%bx-request-id: %b\r\n" % (self._upstream_lines(upstream), self.shown_id)
         is_chunked = self.content_length is None
         if not is_chunked:
             lines += b"content-length: %d\r\n" % (self.content_length or 0)
@@ -521,6 +569,8 @@ class Request(Incoming):
         self._task = None
         problem = f"{error} (timeouts.connect_s)" if isinstance(error, ConnectTimedOut) else str(error)
         if self.selection is not None and not self.is_over:
+            if self.trace is not None:
+                self.trace.failed("upstream_connect_error", time.monotonic_ns())
             self.selection.connect_failed(problem)
             self._forward()
 
@@ -610,6 +660,9 @@ class Request(Incoming):
         if self._upload is not None or self.trailers is not None or not selection.may_retry():
             return False
         exchange, self.exchange = self.exchange, None
+        if self.trace is not None:
+            kind = str(exchange.status) if exchange is not None and exchange.has_head else "upstream_disconnected"
+            self.trace.failed(kind, time.monotonic_ns())
         if exchange is not None:
             exchange.listener = None
             exchange.abort()
@@ -839,9 +892,19 @@ class Request(Incoming):
             self._remember(done)
             if record.token_source is TokenSource.USAGE and record.request_tokens and self.body_bytes:
                 self.gateway.estimates.learn(record.model, self.body_bytes, record.request_tokens)
+        sent_ns = self.exchange.sent_ns if self.exchange is not None else 0
+        operation = _OPERATIONS[self.family._value_]
+        trace = self.trace
         self.gateway.metrics.ended(
-            outcome, record.request_tokens, record.response_tokens, record.ttft_s, (now_ns - self.start_ns) / 1e9
+            record,
+            operation,
+            (now_ns - sent_ns) / 1e9 if sent_ns else None,
+            trace.trace_hex if trace is not None else None,
         )
+        if trace is not None:
+            trace.ended(record, self.method, operation, self.start_ns)
+        if self.gateway.failure_log is not None and outcome is not Outcome.OK:
+            self.gateway.failure_log.ended(record)
 
     def _record(self, outcome: Outcome, done: Accounted, now_ns: int) -> TraceRecord:
         facts = self.facts

@@ -202,6 +202,54 @@ class SessionSettings(_Frozen):
         return value.lower()
 
 
+class TelemetrySettings(_Frozen):
+    """OpenTelemetry over OTLP/HTTP; off without an endpoint."""
+
+    otlp_endpoint: str | None = Field(
+        None, description="base URL of the collector, as http://collector:4318; default: no OpenTelemetry"
+    )
+    otlp_headers: dict[str, str] = Field(
+        {}, repr=False, description="sent to the collector, secret: {name: value}; as text name=value,name=value"
+    )
+    traces_sample: float = Field(
+        0.01, ge=0, le=1, description="share of the requests with a span, where no traceparent decides"
+    )
+    metrics_interval_s: float = Field(15.0, ge=1, description="seconds between exports of the metrics")
+    service_name: str = Field("burstgate", min_length=1, max_length=128, description="service.name of what is exported")
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_url(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^/\s@?#]+(/[^\s?#]*)?", value):
+            raise ValueError("expected http://HOST[:PORT][/PATH] or https://..., keys in otlp_headers")
+        return value
+
+    @field_validator("otlp_headers", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return {} if value is None else value
+        pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError("expected name=value,name=value")
+        return {name.strip(): text.strip() for name, _, text in pairs}
+
+
+class LogSettings(_Frozen):
+    """What the processes write on standard error."""
+
+    format: Literal["text", "json"] = Field("text", description="text, or json: an object a line")
+    failures: bool | None = Field(None, description="a line for each failed request; default: with json only")
+    failures_per_s: int = Field(
+        10, ge=1, le=10_000, description="of such lines, at most so many a second and worker; the rest is counted"
+    )
+
+    @property
+    def has_failures(self) -> bool:
+        """Whether failed requests have lines."""
+        return self.format == "json" if self.failures is None else self.failures
+
+
 class Settings(_Frozen):
     """Everything that `burstgate serve` can be told."""
 
@@ -231,6 +279,8 @@ class Settings(_Frozen):
     retry: RetrySettings = RetrySettings()
     record: RecordSettings = RecordSettings()
     response_headers: ResponseHeaderSettings = ResponseHeaderSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    log: LogSettings = LogSettings()
 
     @field_validator("upstreams", mode="before")
     @classmethod
@@ -288,6 +338,10 @@ NEED_RESTART = ("gateway", "journal", "record")
 """Those that new processes take up: a zero-downtime restart will do. All others change while running."""
 
 
+SECRET = frozenset({"telemetry.otlp_headers"})
+"""Keys whose values are shown as `***`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """One setting that differs."""
@@ -311,7 +365,7 @@ def changes(old: Settings, new: Settings) -> Iterator[Change]:
     for key in setting_keys():
         before, after = value_of(old, key), value_of(new, key)
         if before != after:
-            yield Change(key, show_value(before), show_value(after))
+            yield Change(key, show_setting(key, before), show_setting(key, after))
 
 
 def keep(old: Settings, new: Settings, groups: Iterable[str]) -> Settings:
@@ -463,7 +517,8 @@ def _first_problem(error: ValidationError, sources: Mapping[str, str]) -> str:
         inner = []  # the rule names it
     within = "".join(f" {part}:" for part in inner)
     rule = problem["msg"].removeprefix("Value error, ")
-    return _without_secrets(f"{place}: {key}:{within} {rule}, got {problem['input']!r}")
+    got = "***" if key in SECRET else repr(problem["input"])
+    return _without_secrets(f"{place}: {key}:{within} {rule}, got {got}")
 
 
 _PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^\s'\"]*@")
@@ -472,6 +527,11 @@ _PASSWORD_OPTION = re.compile(r"(?<=password=)[^&\s'\"]*", re.IGNORECASE)
 
 def _without_secrets(text: str) -> str:
     return _PASSWORD_OPTION.sub("***", _PASSWORD.sub(r"\1:***@", text))
+
+
+def show_setting(key: str, value: Any) -> str:
+    """A setting's value for people."""
+    return "***" if key in SECRET and value else show_value(value)
 
 
 def show_value(value: Any) -> str:
@@ -498,4 +558,4 @@ def describe(loaded: Loaded) -> Iterator[tuple[str, str, str]]:
         value = value_of(loaded.settings, key)
         if key == "database_url" and value is None:
             value = loaded.settings.database
-        yield key, show_value(value), loaded.sources.get(key, "default")
+        yield key, show_setting(key, value), loaded.sources.get(key, "default")

@@ -1,16 +1,21 @@
 """What a worker counts, and how it is shown to Prometheus.
 
 A worker counts into the memory-mapped slots of its journal's counters file (storage/counters.py): a store of eight
-bytes, no lock, no label lookup, and any process can read all workers at once. The control plane sums the files of
-living and retired writers into one scrape.
+bytes, no lock, and any process can read all workers at once. What has labels that are not known beforehand (models,
+upstreams), and the exemplars, lie in two blocks of the same file (proxy/series.py). The control plane sums the files
+of living and retired writers into one scrape.
 """
 
 from __future__ import annotations
 
-import itertools
+import re
+import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
+from typing import Final
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -19,12 +24,30 @@ from prometheus_client.core import (
     Metric,
 )
 
-from storage.counters import read_counters
+from proxy.series import (
+    E2E_BUCKETS_S,
+    E2E_EXEMPLARS,
+    EXEMPLAR_SLOTS,
+    HISTOGRAMS,
+    SERIES_BLOCKS,
+    TPOT_BUCKETS_S,
+    TTFT_BUCKETS_S,
+    Example,
+    Examples,
+    Exemplars,
+    Labels,
+    Rows,
+    SeriesTable,
+    add_examples,
+    add_rows,
+    column,
+    fold,
+    histogram,
+    series_metrics,
+)
+from storage.counters import places, read_blocks
 from storage.journal import DROP_REASONS, JOURNAL_COUNTERS, RETIRED, is_writer_alive, list_directory, writer_directories
-from traces.record import Outcome
-
-TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-E2E_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+from traces.record import Outcome, TraceRecord
 
 
 def _histogram_names(name: str, buckets: tuple[float, ...]) -> tuple[str, ...]:
@@ -39,12 +62,14 @@ WORKER_COUNTERS = (
     "accounting_errors",
     "retries",
     *(f"outcome_{outcome.value}" for outcome in Outcome),
-    *_histogram_names("ttft", TTFT_BUCKETS_S),
-    *_histogram_names("e2e", E2E_BUCKETS_S),
+    "spans_exported",
+    "spans_dropped_queue",
+    "spans_dropped_export",
+    *SERIES_BLOCKS,
 )
-"""The slots behind the journal's own, in order. in_flight is a gauge; the rest only grow."""
+"""The slots behind the journal's own, in order. in_flight is a gauge; the rest only grow. The blocks come last."""
 
-_SLOT = {name: index for index, name in enumerate(JOURNAL_COUNTERS + WORKER_COUNTERS)}
+_SLOT = dict(places(JOURNAL_COUNTERS + WORKER_COUNTERS))
 _IN_FLIGHT = _SLOT["in_flight"]
 _REQUEST_TOKENS = _SLOT["request_tokens"]
 _RESPONSE_TOKENS = _SLOT["response_tokens"]
@@ -53,19 +78,24 @@ _ACCOUNTING_ERRORS = _SLOT["accounting_errors"]
 _RETRIES = _SLOT["retries"]
 # By text: an enum's own hash is a call in Python.
 _OUTCOMES = {outcome.value: _SLOT[f"outcome_{outcome.value}"] for outcome in Outcome}
-_TTFT = _SLOT[f"ttft_le_{TTFT_BUCKETS_S[0]:g}"]
-_TTFT_SUM = _SLOT["ttft_sum_us"]
-_E2E = _SLOT[f"e2e_le_{E2E_BUCKETS_S[0]:g}"]
-_E2E_SUM = _SLOT["e2e_sum_us"]
+_EXEMPLAR_DUE: Final = _SLOT["exemplars"] + 1
+"""From when on the first bucket's exemplar may be replaced."""
+_E2E_EXEMPLAR_DUE: Final = _EXEMPLAR_DUE + E2E_EXEMPLARS * EXEMPLAR_SLOTS
+_SPANS_EXPORTED: Final = _SLOT["spans_exported"]
+_SPANS_DROPPED_QUEUE: Final = _SLOT["spans_dropped_queue"]
+_SPANS_DROPPED_EXPORT: Final = _SLOT["spans_dropped_export"]
+SPAN_DROP_REASONS = ("queue", "export")
 
 
 class WorkerMetrics:
     """Counts one worker's requests into its slots."""
 
-    __slots__ = ("_slots",)
+    __slots__ = ("_exemplars", "_series", "_slots")
 
     def __init__(self, slots: memoryview) -> None:
         self._slots = slots
+        self._series = SeriesTable(slots, _SLOT["series"])
+        self._exemplars = Exemplars(slots, _SLOT["exemplars"])
 
     def started(self) -> None:
         """A request came in."""
@@ -73,14 +103,18 @@ class WorkerMetrics:
 
     def ended(
         self,
-        outcome: Outcome,
-        request_tokens: int | None,
-        response_tokens: int | None,
-        ttft_s: float | None,
-        e2e_s: float,
+        record: TraceRecord,
+        operation: str = "other",
+        upstream_s: float | None = None,
+        trace_id: str | None = None,
     ) -> None:
-        """Its record has been made."""
+        """Its record has been made.
+
+        operation: OpenTelemetry's word for its route. upstream_s: from sent to the last byte. trace_id: 32 hexadecimal
+        digits, where a span tells of it.
+        """
         slots = self._slots
+        outcome, request_tokens, response_tokens = record.outcome, record.request_tokens, record.response_tokens
         slots[_OUTCOMES[outcome._value_]] += 1
         if request_tokens is None or response_tokens is None:
             slots[_USAGE_UNKNOWN] += 1
@@ -88,11 +122,26 @@ class WorkerMetrics:
             slots[_REQUEST_TOKENS] += request_tokens
         if response_tokens:
             slots[_RESPONSE_TOKENS] += response_tokens
+        e2e_s = record.elapsed_s or 0.0
+        ended_s = record.received_at + e2e_s
+        ttft_s = record.ttft_s
+        ttft_bucket = 0
         if ttft_s is not None:
-            slots[_TTFT + bisect_left(TTFT_BUCKETS_S, ttft_s)] += 1
-            slots[_TTFT_SUM] += int(ttft_s * 1e6)
-        slots[_E2E + bisect_left(E2E_BUCKETS_S, e2e_s)] += 1
-        slots[_E2E_SUM] += int(e2e_s * 1e6)
+            ttft_bucket = bisect_left(TTFT_BUCKETS_S, ttft_s)
+            if trace_id is not None or ended_s >= slots[_EXEMPLAR_DUE + ttft_bucket * EXEMPLAR_SLOTS]:
+                self._exemplars.take(ttft_bucket, ttft_s, ended_s, record.request_id, trace_id)
+        e2e_bucket = bisect_left(E2E_BUCKETS_S, e2e_s)
+        if trace_id is not None or ended_s >= slots[_E2E_EXEMPLAR_DUE + e2e_bucket * EXEMPLAR_SLOTS]:
+            self._exemplars.take(E2E_EXEMPLARS + e2e_bucket, e2e_s, ended_s, record.request_id, trace_id)
+        self._series.ended(record, operation, ttft_bucket, e2e_bucket, upstream_s)
+
+    def spans_dropped(self, count: int) -> None:
+        """The exporter's queue was full, or its time was up."""
+        self._slots[_SPANS_DROPPED_QUEUE] += count
+
+    def spans_sent(self, count: int, *, is_taken: bool) -> None:
+        """The collector has taken them, or they are lost. Only the exporter's thread calls this."""
+        self._slots[_SPANS_EXPORTED if is_taken else _SPANS_DROPPED_EXPORT] += count
 
     def left(self) -> None:
         """The request is over for the gateway."""
@@ -110,42 +159,128 @@ class WorkerMetrics:
 GAUGES = frozenset({"in_flight", "journal_unwritten"})
 
 
-def sum_counters(journal: Path) -> dict[str, int]:
-    """Every slot summed over all writers; gauges over the living ones only."""
-    total: dict[str, int] = {}
-    seen: set[str] = set()
+@dataclass(slots=True)
+class Totals:
+    """What all writers have counted together."""
 
-    def add(writer: str, path: Path, *, is_alive: bool) -> None:
-        if writer in seen:
-            return
+    values: dict[str, int] = field(default_factory=dict)
+    rows: Rows = field(default_factory=dict)
+    examples: Examples = field(default_factory=dict)
+    """Of living writers."""
+
+    def add(self, path: Path, *, is_alive: bool) -> bool:
+        """Add a counters file; gauges of the living only. False when it is none, or no more."""
         try:
-            values = read_counters(path)
+            values, blocks = read_blocks(path)
         except (OSError, ValueError):
-            return
-        seen.add(writer)
+            return False
         for name, value in values.items():
             if is_alive or name not in GAUGES:
-                total[name] = total.get(name, 0) + value
+                self.values[name] = self.values.get(name, 0) + value
+        add_rows(self.rows, blocks.get("series", _NOTHING))
+        if is_alive:
+            add_examples(self.examples, blocks.get("exemplars", _NOTHING))
+        return True
 
-    # The retired ones are looked for last: a writer that retires meanwhile is found there, and counted once.
-    for directory in writer_directories(journal):
-        add(directory.name, directory / "counters", is_alive=is_writer_alive(directory))
-    for path in list_directory(journal / RETIRED):
-        add(path.name.removesuffix(".counters"), path, is_alive=False)
-    return total
+
+_NOTHING = memoryview(b"").cast("Q")
+
+
+class CountersReader:
+    """Reads all writers' counters again and again, from any thread; those of a retired one, which stay, once."""
+
+    def __init__(self, journal: Path) -> None:
+        self._journal = journal
+        self._retired = Totals()
+        self._seen_retired: set[str] = set()
+        self._labels = Labels()
+        self._lock = Lock()
+
+    def read(self) -> Totals:
+        """The totals now, with as many models and upstreams as may be shown."""
+        with self._lock:
+            return self._read()
+
+    def _read(self) -> Totals:
+        total = Totals()
+        living: set[str] = set()
+        for directory in writer_directories(self._journal):
+            name = directory.name
+            if name not in self._seen_retired and total.add(
+                directory / "counters", is_alive=is_writer_alive(directory)
+            ):
+                living.add(name)
+        # The retired ones are looked for last: a writer that retires meanwhile is found there, and counted once.
+        for path in sorted(list_directory(self._journal / RETIRED)):
+            name = path.name.removesuffix(".counters")
+            if name not in living and name not in self._seen_retired and self._retired.add(path, is_alive=False):
+                self._seen_retired.add(name)
+        for key, value in self._retired.values.items():
+            total.values[key] = total.values.get(key, 0) + value
+        rows = dict(self._retired.rows)
+        for row, counts in total.rows.items():
+            rows[row] = [a + b for a, b in zip(rows[row], counts, strict=True)] if row in rows else counts
+        total.rows = self._labels.bound(rows)
+        add_histograms(total.values, total.rows)
+        return total
+
+
+def add_histograms(values: dict[str, int], rows: Rows) -> None:
+    """Add what the rows have counted of times, all together, to the slots by name; older versions had slots of them."""
+    for counts in fold(rows, keep=()).values():
+        for name, bounds in HISTOGRAMS:
+            if name in ("ttft", "e2e", "tpot"):
+                buckets, total_us = column(counts, name, bounds)
+                names = _histogram_names(name, bounds)
+                for each, value in zip(names, (*buckets, total_us), strict=True):
+                    values[each] = values.get(each, 0) + value
+
+
+def counting_since_ns(journal: Path) -> int:
+    """Epoch time of the oldest writer whose counters there are, of its UUIDv7; now where there is none."""
+    names = [directory.name for directory in writer_directories(journal)]
+    names += [path.name for path in list_directory(journal / RETIRED)]
+    stamps = [int(name[:13].replace("-", ""), 16) for name in names if _UUID_BEGIN.match(name)]
+    return min(stamps) * 1_000_000 if stamps else time.time_ns()
+
+
+_UUID_BEGIN = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7")
+
+
+def sum_counters(journal: Path) -> dict[str, int]:
+    """Every slot summed over all writers; gauges over the living ones only."""
+    return CountersReader(journal).read().values
 
 
 def _histogram(
-    name: str, text: str, prefix: str, buckets: tuple[float, ...], values: Mapping[str, int]
+    name: str,
+    text: str,
+    prefix: str,
+    buckets: tuple[float, ...],
+    values: Mapping[str, int],
+    examples: Mapping[int, Example] | None = None,
 ) -> HistogramMetricFamily:
     counts = [values.get(f"{prefix}_le_{bound:g}", 0) for bound in buckets] + [values.get(f"{prefix}_le_inf", 0)]
-    bounds = [*(f"{bound:g}" for bound in buckets), "+Inf"]
-    cumulative = list(zip(bounds, map(float, itertools.accumulate(counts)), strict=True))
-    return HistogramMetricFamily(name, text, buckets=cumulative, sum_value=values.get(f"{prefix}_sum_us", 0) / 1e6)
+    family = HistogramMetricFamily(name, text, labels=[])
+    histogram(family, [], buckets, counts, values.get(f"{prefix}_sum_us", 0) / 1e6, examples)
+    return family
 
 
-def worker_metrics(values: Mapping[str, int]) -> Iterator[Metric]:
+def all_worker_metrics(totals: Totals) -> Iterator[Metric]:
+    """All that the workers count as Prometheus metrics."""
+    yield from worker_metrics(totals.values, totals.examples)
+    yield from series_metrics(totals.rows)
+
+
+def worker_metrics(values: Mapping[str, int], examples: Mapping[int, Example] | None = None) -> Iterator[Metric]:
     """The summed slots as Prometheus metrics."""
+    of_ttft: Examples = {}
+    of_e2e: Examples = {}
+    for place, example in (examples or {}).items():
+        if place < E2E_EXEMPLARS:
+            of_ttft[place] = example
+        else:
+            of_e2e[place - E2E_EXEMPLARS] = example
 
     def get(name: str) -> int:
         return values.get(name, 0)
@@ -185,7 +320,29 @@ def worker_metrics(values: Mapping[str, int]) -> Iterator[Metric]:
         "ttft",
         TTFT_BUCKETS_S,
         values,
+        of_ttft,
     )
     yield _histogram(
-        "burstgate_request_duration_seconds", "Submission to last byte, all outcomes.", "e2e", E2E_BUCKETS_S, values
+        "burstgate_request_duration_seconds",
+        "Submission to last byte, all outcomes.",
+        "e2e",
+        E2E_BUCKETS_S,
+        values,
+        of_e2e,
     )
+    yield _histogram(
+        "burstgate_time_per_output_token_seconds",
+        "Last chunk minus first chunk, over output tokens but one, of streams.",
+        "tpot",
+        TPOT_BUCKETS_S,
+        values,
+    )
+    yield CounterMetricFamily("burstgate_spans_exported", "Spans that the collector took.", get("spans_exported"))
+    lost = CounterMetricFamily(
+        "burstgate_spans_dropped",
+        "Spans that were lost, by reason: the queue was full (or the worker ended), the collector did not take them.",
+        labels=["reason"],
+    )
+    for reason in SPAN_DROP_REASONS:
+        lost.add_metric([reason], get(f"spans_dropped_{reason}"))
+    yield lost

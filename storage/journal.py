@@ -40,7 +40,7 @@ from pathlib import Path
 
 import msgspec
 
-from storage.counters import Counters
+from storage.counters import Counters, slot_count
 from storage.entries import Begun, Header
 from storage.frame import encode_frame
 from traces.record import TraceRecord
@@ -136,7 +136,7 @@ class Unrecorded:
     """Stands in for a journal that can not be opened because the disk is full: requests go on, dropped and counted."""
 
     def __init__(self, counter_names: tuple[str, ...] = ()) -> None:
-        self.slots = memoryview(bytearray(8 * len(JOURNAL_COUNTERS + counter_names))).cast("Q")
+        self.slots = memoryview(bytearray(8 * slot_count(JOURNAL_COUNTERS + counter_names))).cast("Q")
 
     def begin(self, begun: Begun) -> bool:
         """Nothing is kept of it."""

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import msgspec
 
-from storage.counters import read_counters
+from storage.counters import read_counters, trim_counters
 from storage.entries import Begun, Header, crash_record
 from storage.frame import HEAD_BYTES, MAX_PAYLOAD_BYTES, decode_frames, find_frame
 from storage.journal import DROP_REASONS, RETIRED, SEGMENT_SUFFIX, is_writer_alive, list_directory, writer_directories
@@ -421,5 +421,7 @@ class Recorder:
         retired.mkdir(exist_ok=True, mode=0o700)
         with contextlib.suppress(FileNotFoundError):
             (directory / "counters").rename(retired / f"{directory.name}.counters")
+            with contextlib.suppress(ValueError):  # garbage, which counts nothing
+                trim_counters(retired / f"{directory.name}.counters")
         shutil.rmtree(directory, ignore_errors=True)
         sink.forget(directory.name, -1)

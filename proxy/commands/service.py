@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -71,16 +72,36 @@ def serve(
         settings = load_steered(config, **flags).settings
         if not settings.upstreams:
             raise ConfigError("upstreams: name at least one, as in --upstream http://127.0.0.1:8000")
+        if settings.telemetry.otlp_endpoint is not None:
+            from proxy.otel import check_exporter
+
+            check_exporter()
         return settings
 
-    def warn(line: str) -> None:
+    lines = Console(stderr=True, highlight=False)
+
+    def say(line: str, shown: str | None = None) -> None:
+        """To the operator; shown: as text, else after `burstgate:`."""
         with contextlib.suppress(OSError):  # a terminal that was closed
-            print(f"burstgate: {line}", file=sys.stderr, flush=True)
+            if is_json:
+                logging.getLogger("burstgate.supervisor").info(line)
+            elif shown is not None:
+                lines.print(shown)
+            else:
+                print(f"burstgate: {line}", file=sys.stderr, flush=True)
+
+    is_json = False
 
     handover = None if check else take_handover()
     if handover is None and not check:
         begin(load_config(config, **flags).settings.data_dir)
-    settings = load() if handover is None else settings_after(handover, load, warn)
+    settings = load() if handover is None else settings_after(handover, load, say)
+    if settings.log.format == "json":
+        from proxy.logs import configure_logging
+
+        configure_logging("supervisor", settings.log)
+        logging.getLogger("burstgate.supervisor").setLevel(logging.INFO)
+        is_json = True
     if handover is None:  # else the trial run has done it: from here on, nothing may fail
         prepare_data_dir(settings)
         open_engine(settings.database).dispose()
@@ -89,28 +110,30 @@ def serve(
             importlib.import_module(module)
         print("ok")
         return
-    supervisor = Supervisor(settings, say=warn, load=load)
+    supervisor = Supervisor(settings, say=say, load=load)
     supervisor.catch_signals()
     if handover is not None:
         supervisor.take_over(handover)
     else:
         gateway, control = supervisor.start()
-        say = Console(stderr=True, highlight=False).print
-        say(f"gateway   {gateway} -> {', '.join(map(str, settings.upstreams))}")
-        say(f"control   {control} (/metrics, /api/v1/status, /api/v1/doctor)")
-        say(f"recording {show_value(settings.database)}")
+        for name, what in (
+            ("gateway", f"{gateway} -> {', '.join(map(str, settings.upstreams))}"),
+            ("control", f"{control} (/metrics, /api/v1/status, /api/v1/doctor)"),
+            ("recording", show_value(settings.database)),
+        ):
+            say(f"{name} {what}", f"{name:<9} {what}")
     supervisor.run()
 
 
 @app.command()
 def record(data_dir: DataDir = None, database_url: DatabaseUrl = None, config: Config = None) -> None:
     """Run the recorder alone: journal in, database out."""
-    from proxy.child import configure_logging
+    from proxy.logs import configure_logging
     from proxy.record import open_recorder, run_recorder
 
     settings = load_config(config, data_dir=data_dir, database_url=database_url).settings
     prepare_data_dir(settings)
-    configure_logging("recorder")
+    configure_logging("recorder", settings.log)
     run_recorder(open_recorder(settings), settings)
 
 

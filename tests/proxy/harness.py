@@ -532,5 +532,6 @@ async def running(data_dir: Path, *urls: str, **settings: Any) -> AsyncIterator[
     finally:
         gateway.stop()
         gateway.fleet.close()
+        await asyncio.to_thread(gateway.end_telemetry)
         gateway.journal.close()
         gateway.sessions.close()

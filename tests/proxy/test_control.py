@@ -52,10 +52,12 @@ class Installation:
         self.metrics.started()
         self.journal.begin(Begun(request_id(self._count), time.time(), endpoint="/v1/x"))
         if outcome is not None:
-            self.journal.end(
-                TraceRecord(request_id(self._count), time.time(), outcome=outcome, request_tokens=7, response_tokens=3)
-            )
-            self.metrics.ended(outcome, 7, 3, 0.02, 0.5)
+            record = TraceRecord(
+                request_id(self._count), time.time(), elapsed_s=0.5, model="m", outcome=outcome, ttft_s=0.02,
+                tpot_s=0.01, request_tokens=7, response_tokens=3, upstream="http://user-a:8000",
+            )  # fmt: skip
+            self.journal.end(record)
+            self.metrics.ended(record, "chat", 0.4)
             self.metrics.left()
 
     def record(self) -> None:
