@@ -75,6 +75,7 @@ def _identity(balance: Balance) -> Check:
     dropped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(balance.dropped.items())) or "0"
     text = (
         f"accepted {balance.accepted:,} = in database {balance.in_database:,}"
+        f"{f' + pruned {balance.pruned:,}' if balance.pruned else ''}"
         f" + in journal {balance.in_journal:,} + dropped {dropped}"
     )
     if balance.slack:
