@@ -259,7 +259,7 @@ def test_what_changes_between_archiving_and_removal_is_archived_again(engine: sa
 
 def test_an_archive_that_can_not_be_written_takes_nothing_out(filled: sa.Engine, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(ArchiveError, match="file: .*(directory|exists)"):
+    with pytest.raises(ArchiveError, match=r"file: .*(directory|exists)"):
         prune(filled, due_days(filled, NOW_S, max_age_s=9 * DAY_S), Archive(str(tmp_path / "file")))
     assert len(rows_of(filled)) == 232
     assert pruned_of(filled) == {}
