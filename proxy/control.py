@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.doctor import Check, balance_of, diagnose
+from proxy.retention import RetentionState, read_state
 from proxy.settings import Settings, show_value
 from proxy.telemetry import sum_counters, worker_metrics
 from storage.doctor import Balance, live_writers
@@ -73,14 +74,43 @@ class _Metrics(Collector):
         yield GaugeMetricFamily(
             "burstgate_database_up", "The database answered when last asked.", float(self._balances.is_database_up)
         )
+        yield from retention_metrics(read_state(self._settings.data_dir))
         balance = self._balances.latest
         if balance is not None:
             yield CounterMetricFamily(
-                "burstgate_records_in_database", "Records committed to the database.", balance.in_database
+                "burstgate_records_in_database",
+                "Records committed to the database.",
+                balance.in_database + balance.pruned,
             )
             yield GaugeMetricFamily(
                 "burstgate_records_in_journal", "Requests begun or ended, not yet committed.", balance.in_journal
             )
+
+
+def retention_metrics(state: RetentionState | None) -> Iterator[Metric]:
+    """What retention has noted, where it ever ran."""
+    if state is None:
+        return
+    yield CounterMetricFamily("burstgate_retention_runs", "Looks at what is due, with what followed.", state.runs)
+    yield CounterMetricFamily("burstgate_retention_failures", "Those that database or archive ended.", state.failures)
+    yield CounterMetricFamily(
+        "burstgate_records_pruned", "Records that retention took out of the database.", state.rows_pruned
+    )
+    yield CounterMetricFamily(
+        "burstgate_records_archived", "Records in the archive's days as they were written.", state.rows_archived
+    )
+    if state.last_success_at is not None:
+        yield GaugeMetricFamily(
+            "burstgate_retention_last_success_timestamp_seconds",
+            "When retention last did all that was due.",
+            state.last_success_at,
+        )
+    if state.database_bytes is not None:
+        yield GaugeMetricFamily(
+            "burstgate_database_size_bytes",
+            "What the requests take in the database, when retention last looked.",
+            state.database_bytes,
+        )
 
 
 class Status(msgspec.Struct, frozen=True):

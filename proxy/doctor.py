@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from proxy.retention import read_state
 from proxy.settings import Settings, show_value
 from storage.doctor import Balance, live_writers, take_balance
 from storage.engine import current, head_revision, open_engine
@@ -69,6 +70,15 @@ def diagnose(settings: Settings) -> Iterator[Check]:
         yield _identity(balance_of(settings))
     except (DatabaseUnavailable, OSError) as error:
         yield Check("accounting", False, str(error))
+    yield from _retention(settings)
+
+
+def _retention(settings: Settings) -> Iterator[Check]:
+    """How the latest run went; nothing where retention is off."""
+    state = read_state(settings.data_dir) if settings.retention.is_on else None
+    if state is not None:
+        done = f"{state.runs:,} runs, {state.rows_pruned:,} records taken out"
+        yield Check("retention", state.error is None, done if state.error is None else f"{done}; {state.error}")
 
 
 def _identity(balance: Balance) -> Check:

@@ -3,9 +3,9 @@
 A day can go two hours after its end. Rows of imported traces stay: they are as old as their file says. Each removal
 counts its rows, by day and gateway, in the transaction that removes them, so that the accounting identity holds.
 
-With an archive a day is archived, read back and compared first (storage/archive.py), and what is removed is exactly what
-was archived: a row that comes late, or a session that is recognised late, changes the counts under which the removal
-goes, and the day is archived again. Rows are only ever added and their session only ever set, so that two counts tell.
+With an archive a day is archived, read back and compared first (storage/archive.py), and what is removed is exactly
+what was archived: a row that comes late, or a session that is recognised late, changes the counts under which the
+removal goes, and the day is archived again. Rows are only ever added and their session only ever set: two counts tell.
 A death at any point leaves rows in the database, in the archive or in both: the next run goes on from there.
 
 Nobody waits for it long. PostgreSQL: a day is a partition that is detached and dropped under a lock that is waited for
@@ -34,7 +34,7 @@ from storage.archive import Archive, day_text, merged
 from storage.engine import database_errors
 from storage.errors import DatabaseUnavailable, RetentionBusy
 from storage.query import Filter, read_batches
-from storage.schema import partition_bounds_s, partition_name, requests, utc_day
+from storage.schema import partition_bounds_s, partition_name, utc_day
 from storage.sink import Transaction, transaction
 from traces.record import Origin
 

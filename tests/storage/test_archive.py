@@ -123,7 +123,7 @@ def test_rows_that_break_off_leave_the_archive_as_it_was(archive: Archive) -> No
     assert archive.sweep() == 0
 
 
-class Lossy(MemoryFileSystem):
+class Lossy(MemoryFileSystem):  # type: ignore[misc]
     """A store that confirms an upload and keeps half of it."""
 
     protocol = "lossy"

@@ -353,7 +353,7 @@ def test_a_reader_holds_up_the_removal_and_not_the_recorder(postgres_url: str) -
     sink.commit(records(DAY + 10, 10))
     with engine.connect() as reader:
         reader.execute(sa.select(requests)).fetchone()
-        commits_s = []
+        commits_s: list[float] = []
 
         def record() -> None:
             start_s = time.monotonic()
