@@ -74,11 +74,12 @@ def diagnose(settings: Settings) -> Iterator[Check]:
 
 
 def _retention(settings: Settings) -> Iterator[Check]:
-    """How the latest run went; nothing where retention is off."""
-    state = read_state(settings.data_dir) if settings.retention.is_on else None
+    """How the runs went, where there were any; judged where these settings have retention on."""
+    state = read_state(settings.data_dir)
     if state is not None:
         done = f"{state.runs:,} runs, {state.rows_pruned:,} records taken out"
-        yield Check("retention", state.error is None, done if state.error is None else f"{done}; {state.error}")
+        is_ok = state.error is None if settings.retention.is_on else None
+        yield Check("retention", is_ok, done if state.error is None else f"{done}; {state.error}")
 
 
 def _identity(balance: Balance) -> Check:

@@ -306,5 +306,5 @@ def test_killed_at_some_lines(engine: sa.Engine, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_each_line(engine: sa.Engine, tmp_path: Path) -> None:
-    assert _killed_at(iter(range(1, 500, 3)), engine, tmp_path) > 100
+def test_killed_all_over(engine: sa.Engine, tmp_path: Path) -> None:
+    assert _killed_at(iter(range(1, 500, 9)), engine, tmp_path) > 30
