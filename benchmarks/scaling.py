@@ -3,8 +3,9 @@
     .venv/bin/python -m benchmarks.scaling [--seconds 5] [--recorders 1,2,4] [--output benchmarks/results/scaling.csv]
 
 Each recorder is a process with its own connection that commits batches through `storage.sink`, as the recorder does,
-as fast as the database takes them, from records made before. The database is PostgreSQL from its wheel, as installed (fsync on), on
-the same machine: recorders, server and whatever else runs share its cores, which the column `others_cores` is about.
+as fast as the database takes them; making the records is not counted. The database is PostgreSQL from its wheel with
+its defaults, on the same machine: recorders, server and whatever else runs share its cores, which the column
+`others_cores` is about.
 
 Columns: recorders, batch_rows, rows, seconds, rows_per_s, recorder_us_per_row (its own CPU), server_us_per_row (CPU of
 all server processes), connections (most seen at once), bytes_per_row (the partition with its indexes), others_cores.
@@ -66,6 +67,7 @@ def record(url: str, number: int, batch_rows: int, seconds: float, start: Barrie
         rows += sink.commit(fresh, [SegmentProgress(f"w{number}-{os.getpid()}", 1, commits, batch_rows)])
     spent = time.monotonic() - began_s - made_s
     results.put((rows, spent, time.process_time() - cpu_s))
+    start.wait()  # until the server's CPU has been read, which goes with the connections
     sink.close()
 
 
@@ -124,9 +126,9 @@ def measure(url: str, recorders: int, batch_rows: int, seconds: float) -> dict[s
         start.wait()
         pids = server_pids()
         server_s, busy_s, began_s = _cpu_s(pids), _busy_s(), time.monotonic()
-        time.sleep(seconds)
-        server_s, busy_s, span_s = _cpu_s(pids) - server_s, _busy_s() - busy_s, time.monotonic() - began_s
         done = [results.get() for _ in children]
+        server_s, busy_s, span_s = _cpu_s(pids) - server_s, _busy_s() - busy_s, time.monotonic() - began_s
+        start.wait()
         is_over.set()
         thread.join()
         for child in children:
@@ -137,6 +139,8 @@ def measure(url: str, recorders: int, batch_rows: int, seconds: float) -> dict[s
         ).fetchone() or (0, 1)
     rows = sum(count for count, _, _ in done)
     own_s = sum(cpu_s for _, _, cpu_s in done)
+    if held != rows + recorders:
+        raise SystemExit(f"{rows + recorders} rows were committed, {held} are there")
     return {
         "recorders": recorders,
         "batch_rows": batch_rows,

@@ -102,13 +102,13 @@ def test_by_hand(tmp_path: Path) -> None:
     old = fill(data_dir, 4, 10)
     here = ("--data-dir", data_dir)
 
-    dry = burstgate("prune", "--older-than", "2d", "--dry-run", *here)
+    dry = burstgate("prune", "--older-than", "3d", "--dry-run", *here)
     assert [line.split()[1] for line in dry.stdout.splitlines()] == ["10", "10"]
     assert "2 days, 20 rows would go; nothing was changed" in dry.stderr
 
     done = burstgate("archive", "--to", archive, "--keep", *here)
     assert done.stderr.splitlines()[-1] == f"{archive}: 4 days, 40 rows there, still in the database"
-    done = burstgate("prune", "--older-than", "2d", "--archive", archive, *here)
+    done = burstgate("prune", "--older-than", "3d", "--archive", archive, *here)
     assert f"2 days, 20 rows taken out, archived in {archive};" in done.stderr
 
     for rows, flags in ((20, ()), (40, ("--archive", archive))):
