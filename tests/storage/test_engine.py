@@ -92,7 +92,7 @@ def test_a_revision_that_is_not_known_is_named(database_url: str, run: object) -
     engine = open_engine(database_url)
     upgrade(engine)
     assert callable(run)
-    with pytest.raises(SchemaError, match=r"'9999'.*knows revisions up to '0003'"):
+    with pytest.raises(SchemaError, match=r"'9999'.*knows revisions up to '0005'"):
         run(engine)
     engine.dispose()
 
@@ -149,5 +149,5 @@ def test_a_locked_file_is_said_to_be_locked(sqlite_url: str, monkeypatch: pytest
         upgrade(engine)
     holder.close()
     upgrade(engine)
-    assert current(engine) == "0003"
+    assert current(engine) == "0005"
     engine.dispose()
