@@ -125,7 +125,7 @@ def test_processes_that_upgrade_at_once_all_succeed_from_any_folder(database_url
         )
         for _ in range(4)
     ]
-    assert [process.communicate(timeout=60) for process in started] == [("0003\n", "")] * 4
+    assert [process.communicate(timeout=60) for process in started] == [("0005\n", "")] * 4
 
 
 def test_a_migration_that_fails_leaves_nothing(sqlite_url: str) -> None:
