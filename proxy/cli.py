@@ -11,20 +11,21 @@ from typing import Any
 
 import typer
 
-from proxy.commands import analysis, load, service, traces
+from proxy.commands import analysis, data, load, service, traces
 from proxy.commands.common import app
 from proxy.config_error import ConfigError
-from storage.errors import DatabaseUnavailable, DatabaseUrlError, SchemaError
+from storage.errors import ArchiveError, DatabaseUnavailable, DatabaseUrlError, SchemaError
 from traces.codec import TraceFormatError
 
 __all__ = ["app", "main"]
-_COMMANDS = (service, traces, analysis, load)
+_COMMANDS = (service, traces, analysis, load, data)
 """Whose import makes the commands."""
 
 EXPECTED = (
     ConfigError,
     DatabaseUrlError,
     DatabaseUnavailable,
+    ArchiveError,
     SchemaError,
     TraceFormatError,
     ValueError,

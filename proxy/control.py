@@ -32,6 +32,7 @@ from proxy.control_config import Steering, config_router
 from proxy.control_traces import Reader, traces_router
 from proxy.doctor import Check, balance_of, diagnose
 from proxy.logs import configure_logging
+from proxy.retention import RetentionState, read_state
 from proxy.settings import Settings, show_value
 from proxy.telemetry import CountersReader, Totals, all_worker_metrics, counting_since_ns, sum_counters
 from storage.doctor import Balance, live_writers
@@ -111,14 +112,43 @@ class _Metrics(Collector):
         yield GaugeMetricFamily(
             "burstgate_database_up", "The database answered when last asked.", float(self._balances.is_database_up)
         )
+        yield from retention_metrics(read_state(self._settings.data_dir))
         balance = self._balances.latest
         if balance is not None:
             yield CounterMetricFamily(
-                "burstgate_records_in_database", "Records committed to the database.", balance.in_database
+                "burstgate_records_in_database",
+                "Records committed to the database.",
+                balance.in_database + balance.pruned,
             )
             yield GaugeMetricFamily(
                 "burstgate_records_in_journal", "Requests begun or ended, not yet committed.", balance.in_journal
             )
+
+
+def retention_metrics(state: RetentionState | None) -> Iterator[Metric]:
+    """What retention has noted, where it ever ran."""
+    if state is None:
+        return
+    yield CounterMetricFamily("burstgate_retention_runs", "Looks at what is due, with what followed.", state.runs)
+    yield CounterMetricFamily("burstgate_retention_failures", "Those that database or archive ended.", state.failures)
+    yield CounterMetricFamily(
+        "burstgate_records_pruned", "Records that retention took out of the database.", state.rows_pruned
+    )
+    yield CounterMetricFamily(
+        "burstgate_records_archived", "Records in the archive's days as they were written.", state.rows_archived
+    )
+    if state.last_success_at is not None:
+        yield GaugeMetricFamily(
+            "burstgate_retention_last_success_timestamp_seconds",
+            "When retention last did all that was due.",
+            state.last_success_at,
+        )
+    if state.database_bytes is not None:
+        yield GaugeMetricFamily(
+            "burstgate_database_size_bytes",
+            "What the requests take in the database, when retention last looked.",
+            state.database_bytes,
+        )
 
 
 class Status(msgspec.Struct, frozen=True):

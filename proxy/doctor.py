@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from proxy.retention import read_state
 from proxy.settings import Settings, show_value
 from storage.doctor import Balance, live_writers, take_balance
 from storage.engine import current, head_revision, open_engine
@@ -69,12 +70,23 @@ def diagnose(settings: Settings) -> Iterator[Check]:
         yield _identity(balance_of(settings))
     except (DatabaseUnavailable, OSError) as error:
         yield Check("accounting", False, str(error))
+    yield from _retention(settings)
+
+
+def _retention(settings: Settings) -> Iterator[Check]:
+    """How the runs went, where there were any; judged where these settings have retention on."""
+    state = read_state(settings.data_dir)
+    if state is not None:
+        done = f"{state.runs:,} runs, {state.rows_pruned:,} records taken out"
+        is_ok = state.error is None if settings.retention.is_on else None
+        yield Check("retention", is_ok, done if state.error is None else f"{done}; {state.error}")
 
 
 def _identity(balance: Balance) -> Check:
     dropped = ", ".join(f"{n:,} {reason}" for reason, n in sorted(balance.dropped.items())) or "0"
     text = (
         f"accepted {balance.accepted:,} = in database {balance.in_database:,}"
+        f"{f' + pruned {balance.pruned:,}' if balance.pruned else ''}"
         f" + in journal {balance.in_journal:,} + dropped {dropped}"
     )
     if balance.slack:

@@ -15,6 +15,7 @@ from typing import Self
 
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.config_error import ConfigError
+from proxy.retention import Retention
 from proxy.settings import Settings
 from storage.engine import open_engine, upgrade
 from storage.errors import DatabaseUnavailable, SchemaError
@@ -41,9 +42,10 @@ def _open(settings: Settings) -> Sink:
 
 
 class HandingRecorder(Recorder):
-    """One that can hand over: it ends with the round it is at, and its successor goes on from there."""
+    """One that can hand over: it ends with the round it is at, and its successor goes on from there. With retention."""
 
     _hands_over = False
+    retention: Retention | None = None
 
     def hand_over(self) -> None:
         """Ask `run` to return soon, whatever is still to be read: under load there is always more."""
@@ -53,7 +55,15 @@ class HandingRecorder(Recorder):
     def step(self) -> int:
         """As ever; nothing more to do once it hands over."""
         moved = super().step()
+        if self.retention is not None:
+            self.retention.tend()
         return 0 if self._hands_over else moved
+
+    def close(self) -> None:
+        """As ever; a run of retention ends where it stands."""
+        if self.retention is not None:
+            self.retention.close()
+        super().close()
 
 
 def open_recorder(settings: Settings, *, wait_s: float = 0.0) -> HandingRecorder:
@@ -70,6 +80,7 @@ def open_recorder(settings: Settings, *, wait_s: float = 0.0) -> HandingRecorder
                 ) from None
             time.sleep(0.1)
         else:
+            recorder.retention = Retention(settings)
             return recorder
 
 
@@ -140,7 +151,12 @@ def run_supervised(task: ChildTask) -> None:
     """Record until told to stop."""
     os.nice(NICENESS)
     recorder = open_recorder(task.settings, wait_s=PREDECESSOR_S)
-    watch_parent(recorder.stop)
+
+    def reload(settings: Settings) -> None:
+        assert recorder.retention is not None
+        recorder.retention.settings = settings
+
+    watch_parent(recorder.stop, reload)
     task.tell_ready()
     run_recorder(recorder, task.settings)
 

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from proxy.config_error import ConfigError
 from wire.http import parse_base_url
@@ -151,6 +160,26 @@ class RecordSettings(_Frozen):
     prefix_blocks: bool = Field(False, description="keyed hashes of the prompt's leading blocks, never a text")
 
 
+class RetentionSettings(_Frozen):
+    """What leaves the database, whole UTC days at a time. Without an age and a size, nothing does."""
+
+    max_age_days: float | None = Field(
+        None, ge=0, description="days after its end that a day is kept; default: for ever"
+    )
+    max_size: ByteSize | None = Field(
+        None, ge=0, description="of the requests in the database; beyond it the oldest days go"
+    )
+    archive: str | None = Field(
+        None, description="folder or URL (s3://..., with s3fs) where days go as Parquet before; default: nowhere"
+    )
+    check_interval_s: float = Field(3600.0, ge=1, description="seconds between looks at what is due")
+
+    @property
+    def is_on(self) -> bool:
+        """There is something to do."""
+        return self.max_age_days is not None or self.max_size is not None
+
+
 class JournalSettings(_Frozen):
     """The journal in `data_dir/journal`."""
 
@@ -278,6 +307,7 @@ class Settings(_Frozen):
     health: HealthSettings = HealthSettings()
     retry: RetrySettings = RetrySettings()
     record: RecordSettings = RecordSettings()
+    retention: RetentionSettings = RetentionSettings()
     response_headers: ResponseHeaderSettings = ResponseHeaderSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     log: LogSettings = LogSettings()
@@ -550,6 +580,19 @@ def show_value(value: Any) -> str:
     if isinstance(value, ByteSize):
         return value.human_readable()
     return _without_secrets(str(value))
+
+
+def parse_size(text: str, place: str) -> int:
+    """Bytes of a size with a unit, as 50GB or 200MiB. Raises ConfigError."""
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise ConfigError(f"{place}: expected a size as 50GB or 200MiB, got {text!r}") from None
+
+
+def show_size(size_bytes: int) -> str:
+    """A number of bytes for people."""
+    return ByteSize(size_bytes).human_readable()
 
 
 def describe(loaded: Loaded) -> Iterator[tuple[str, str, str]]:

@@ -229,12 +229,10 @@ class Supervisor:
 
     def _tell_settings(self) -> None:
         for child in self._children():
-            if child.is_ready and child.is_running and child.settings is not self._settings:
-                if child is self._recorder:  # nothing of what it reads changes while running
-                    child.settings = self._settings
-                elif not child.tell(self._settings):
-                    self._say(f"the {child.name} does not take new settings; starting it again")
-                    child.ask_to_end(self._drain_s)
+            is_behind = child.is_ready and child.is_running and child.settings is not self._settings
+            if is_behind and not child.tell(self._settings):
+                self._say(f"the {child.name} does not take new settings; starting it again")
+                child.ask_to_end(self._drain_s)
 
     @property
     def _drain_s(self) -> float:

@@ -1,7 +1,9 @@
-"""Is everything accounted for? `accepted = in database + in journal + dropped{reason}`, live or stopped.
+"""Is everything accounted for? `accepted = in database + pruned + in journal + dropped{reason}`, live or stopped.
 
-The four terms come from four places: accepted and dropped from the writers' counters (from the database for writers
-that are finished), in journal from reading the segments, in database from the recorder's committed counts. On a live
+The terms come from their own places: accepted and dropped from the writers' counters (from the database for writers
+that are finished), in journal from reading the segments, in database and pruned from the recorder's committed counts,
+of which retention has counted what it took out since. It counts by gateway, the name that its rows carry: where
+several installations write under one name into one database, the two terms are right in their sum alone. On a live
 gateway they move while they are read, so the check is a bracket: the database is read first, then the journal behind
 the committed offsets, and their sum must lie between the begun requests counted before and those counted after.
 """
@@ -37,11 +39,14 @@ class Balance:
     """Writers that finished into another database than the one asked."""
     unreadable: tuple[str, ...] = ()
     """What is wrong with journals that this version can not read to their end."""
+    pruned: int = 0
+    """Recorded, and taken out of the database since, by retention."""
 
     @property
     def missing(self) -> int:
         """Requests that are nowhere; negative when something is there twice."""
-        difference = self.accepted - self.in_database - self.in_journal - sum(self.dropped.values())
+        there = self.in_database + self.pruned + self.in_journal
+        difference = self.accepted - there - sum(self.dropped.values())
         if difference > 0:
             return max(0, difference - self.slack)
         return min(0, difference + self.slack)
@@ -81,6 +86,8 @@ def _take_once(journal: Path, sink: Sink) -> Balance:
     retired = {path.name.removesuffix(".counters") for path in (journal / RETIRED).glob("*.counters")}
     before = {name: _count(directory) for name, directory in directories.items()}
     rows, offsets = _committed(sink)
+    pruned = sink.pruned()
+    gateways = set()
     in_journal = 0
     slack = 0
     unreadable = []
@@ -95,6 +102,7 @@ def _take_once(journal: Path, sink: Sink) -> Balance:
         except JournalCorrupt as error:
             unreadable.append(str(error))
         in_journal += len(reader.open)
+        gateways.add(reader.gateway)
         slack += 1  # a frame is written before its counter
     after = {name: _count(directory) for name, directory in directories.items()}
     accepted = 0
@@ -112,8 +120,9 @@ def _take_once(journal: Path, sink: Sink) -> Balance:
             _add(dropped, row.dropped)
     known = [row for name, row in rows.items() if name in directories or name in retired]
     strangers = tuple(sorted(name for name in retired if name not in rows))
-    in_database = sum(row.recorded for row in known)
-    return Balance(accepted, in_database, in_journal, dropped, slack, strangers, tuple(unreadable))
+    recorded = sum(row.recorded for row in known)
+    gone = min(recorded, sum(pruned.get(name, 0) for name in gateways | {row.gateway for row in known} if name))
+    return Balance(accepted, recorded - gone, in_journal, dropped, slack, strangers, tuple(unreadable), gone)
 
 
 def _committed(sink: Sink) -> tuple[dict[str, WriterRow], dict[tuple[str, int], int]]:

@@ -142,6 +142,9 @@ def _open_sqlite(url: sa.URL, shown: str) -> sa.Engine:
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     # The driver's own BEGIN comes before DML only, so DDL would escape its transaction: BEGIN is ours to say.
     connection.isolation_level = None
+    # Of a new file only, and before anything is written into it: retention gives space back a few pages at a time.
+    if connection.execute("PRAGMA page_count").fetchone() == (0,):
+        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
     _enter_wal(connection)
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")

@@ -13,3 +13,11 @@ class DatabaseUnavailable(Exception):
 
 class SchemaError(Exception):
     """The schema is at, or was asked to go to, a revision that this version of burstgate does not know."""
+
+
+class ArchiveError(Exception):
+    """The archive cannot be used, or is not what it should be: one line that names the place."""
+
+
+class RetentionBusy(DatabaseUnavailable):
+    """Another process is archiving or pruning this database; worth trying again."""

@@ -31,9 +31,11 @@ import msgspec
 import polars as pl
 import sqlalchemy as sa
 
+from storage.archive import Archive, read_with_archive
 from storage.engine import database_errors
 from storage.query import Dataset, Filter, conditions, read_batches, read_datasets
 from storage.schema import REQUESTS_COMMENTS, requests
+from traces.anonymize import Anonymizer
 from traces.codec import COLUMNS_6, COLUMNS_8, UNIX_CLOCK, TraceClock, open_writer
 
 Failures = Literal["keep", "drop"]
@@ -75,6 +77,8 @@ class ExportReport:
     dropped: Mapping[str, int]
     notes: Mapping[str, int]
     columns: Mapping[str, str]
+    anonymized: Mapping[str, object] | None = None
+    """How, where it was."""
 
 
 def export(
@@ -89,6 +93,8 @@ def export(
     model: str | None = None,
     salt: bytes | None = None,
     stamps: Stamps | None = None,
+    archive: Archive | None = None,
+    anonymize: Anonymizer | None = None,
     on_rows: Callable[[int], None] = lambda rows_in: None,
 ) -> ExportReport:
     """Writes the requests that match to `path`, in time order, and a sidecar beside it; an open file has none.
@@ -97,20 +103,27 @@ def export(
     else as `export_batches` says. A time zone without a day 0 makes that the first row's day in it.
     model: every row's new model. salt: what block ids are made from, None draws one. The gateway's own blocks have no
     known size in tokens, so it is estimated where a format needs it, which the notes say.
+    archive: whose rows come along. anonymize: each row's names replaced; the sidecar then names no filter's value.
     on_rows: called with the rows taken so far, after each batch.
-    Raises ValueError for an unknown format or time zone, OSError naming the path, DatabaseUnavailable; then neither
-    file is there, or each is what it was.
+    Raises ValueError for an unknown format or time zone, OSError naming the path, DatabaseUnavailable, ArchiveError;
+    then neither file is there, or each is what it was.
     """
     chosen = selection or Filter()
-    own = _dataset_of(engine, chosen)
+    own = _dataset_of(engine, chosen) if archive is None and anonymize is None else None
     if own is not None:
         if timezone is None:
             timezone, day_zero = own.clock.timezone, day_zero or own.clock.day_zero
         if format is None:
             format, stamps = own.format, stamps or own.stamps
-    with contextlib.closing(read_batches(engine, chosen)) as batches:
+    filters = {key: value for key, value in dataclasses.asdict(chosen).items() if value not in (None, ())}
+    if anonymize is not None:
+        filters = dict.fromkeys(filters, "given")
+    elif archive is not None:
+        filters["archive"] = archive.shown
+    read = read_batches(engine, chosen) if archive is None else read_with_archive(engine, archive, chosen)
+    with contextlib.closing(read) as batches:
         return export_batches(
-            batches,
+            batches if anonymize is None else map(anonymize, batches),
             path,
             format=format or "burstgpt",
             day_zero=day_zero,
@@ -119,7 +132,8 @@ def export(
             model=model,
             salt=salt,
             stamps=stamps or "auto",
-            filters={key: value for key, value in dataclasses.asdict(chosen).items() if value not in (None, ())},
+            filters=filters,
+            anonymized=None if anonymize is None else anonymize.said,
             on_rows=on_rows,
         )
 
@@ -136,11 +150,12 @@ def export_batches(
     salt: bytes | None = None,
     stamps: Stamps = "auto",
     filters: Mapping[str, object] | None = None,
+    anonymized: Mapping[str, object] | None = None,
     on_rows: Callable[[int], None] = lambda rows_in: None,
 ) -> ExportReport:
     """Writes batches to `path`, in their order, and a sidecar beside it.
 
-    day_zero: None is the local date of the first row. filters: for the sidecar, how the batches were selected.
+    day_zero: None is the local date of the first row. filters, anonymized: for the sidecar, how the batches were made.
     model, salt, on_rows, Raises: as in `export`.
     """
     remaining = iter(batches)
@@ -170,6 +185,7 @@ def export_batches(
             dropped=written.dropped,
             notes=written.notes,
             columns={name: _BURSTGPT_COMMENTS[name] for name in header} if header else REQUESTS_COMMENTS,
+            anonymized=anonymized,
         )
         if files.sidecar is not None:
             files.sidecar.write(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")

@@ -113,6 +113,16 @@ writers = sa.Table(
     comment="the accounting behind accepted = in database + in journal + dropped",
 )
 
+pruned = sa.Table(
+    "pruned",
+    metadata,
+    sa.Column("day", sa.Date(), primary_key=True, comment="the UTC day of the requests"),
+    sa.Column("gateway", sa.Text(), primary_key=True, comment="name of the gateway that recorded them; empty for none"),
+    sa.Column("rows", sa.BigInteger(), nullable=False, comment="requests taken out of the database"),
+    sa.Column("archived", sa.BigInteger(), nullable=False, comment="those of them that the archive had before"),
+    comment="requests that retention took out",
+)
+
 segments = sa.Table(
     "segments",
     metadata,

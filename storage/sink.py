@@ -33,7 +33,7 @@ import sqlalchemy as sa
 
 from storage.engine import database_errors
 from storage.errors import DatabaseUnavailable
-from storage.schema import partition_bounds_s, partition_name, requests, segments, utc_day, writers
+from storage.schema import partition_bounds_s, partition_name, pruned, requests, segments, utc_day, writers
 from traces.record import TraceRecord
 
 Row = tuple[str | float | bool | bytes | None, ...]
@@ -122,6 +122,9 @@ class Sink(Protocol):
     def totals(self) -> list[WriterRow]:
         """Every writer's totals, by writer id."""
 
+    def pruned(self) -> dict[str, int]:
+        """How many requests retention took out of the database, by gateway."""
+
     def close(self) -> None:
         """Gives the connections back. The engine stays usable."""
 
@@ -142,6 +145,9 @@ class Transaction(Protocol):
 
     def execute_many(self, sql: str, parameters: Sequence[Sequence[object]]) -> None:
         """Runs one statement with each of the parameters."""
+
+    def query(self, sql: str, parameters: Sequence[object] = ()) -> list[Any]:
+        """The rows that one statement gives."""
 
     def find(self, ids: Mapping[str, float], within_s: float) -> list[tuple[str, float, str | None]]:
         """(request_id, received_at, session_id) of the rows with these ids, within `within_s` of the ids' stamps."""
@@ -265,6 +271,9 @@ class _SqliteTransaction:
     def execute_many(self, sql: str, parameters: Sequence[Sequence[object]]) -> None:
         self._cursor.executemany(sql, [tuple(values) for values in parameters])
 
+    def query(self, sql: str, parameters: Sequence[object] = ()) -> list[Any]:
+        return self._cursor.execute(sql, tuple(parameters)).fetchall()
+
     def find(self, ids: Mapping[str, float], within_s: float) -> list[tuple[str, float, str | None]]:
         found = (
             self._cursor.execute(self._FIND, (at - within_s, at + within_s, request_id)).fetchone()
@@ -324,6 +333,9 @@ class _PostgresTransaction:
 
     def execute_many(self, sql: str, parameters: Sequence[Sequence[object]]) -> None:
         self._cursor.executemany(sql.replace("?", "%s").encode(), parameters)
+
+    def query(self, sql: str, parameters: Sequence[object] = ()) -> list[Any]:
+        return self._cursor.execute(sql.replace("?", "%s").encode(), parameters).fetchall()
 
     def find(self, ids: Mapping[str, float], within_s: float) -> list[tuple[str, float, str | None]]:
         if not ids:
@@ -396,6 +408,11 @@ class _DatabaseSink:
         columns = [writers.c[name] for name in WriterRow.__dataclass_fields__]
         with database_errors(self._engine, SinkUnavailable), self._engine.connect() as connection:
             return [WriterRow(*row) for row in connection.execute(sa.select(*columns).order_by(writers.c.writer_id))]
+
+    def pruned(self) -> dict[str, int]:
+        counts = sa.select(pruned.c.gateway, sa.func.sum(pruned.c.rows)).group_by(pruned.c.gateway)
+        with database_errors(self._engine, SinkUnavailable), self._engine.connect() as connection:
+            return {gateway: int(rows) for gateway, rows in connection.execute(counts)}
 
     def close(self) -> None:
         self._engine.dispose()

@@ -104,6 +104,7 @@ def test_tests_are_imported_by_tests_only() -> None:
         ("ray", {"replay/ray_senders.py"}),
         ("yaml", {"proxy/settings.py"}),
         ("pydantic", {"proxy/settings.py", "proxy/control_*.py"}),
+        ("fsspec", {"storage/archive.py"}),
         ("mmap", {"storage/counters.py", "storage/journal.py", "proxy/sessions.py"}),
     ],
 )

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from proxy.commands.common import (
+    ArchiveUrl,
     Config,
     DatabaseUrl,
     DataDir,
@@ -72,6 +73,7 @@ def analyze(
     origin: Origins = None,
     log_type: LogTypes = None,
     run_id: Runs = None,
+    archive: ArchiveUrl = None,
     data_dir: DataDir = None,
     database_url: DatabaseUrl = None,
     config: Config = None,
@@ -98,7 +100,9 @@ def analyze(
     )  # fmt: skip
     with (
         progress() as say,
-        matching_rows(trace, selection, format, timezone, day_zero, (config, data_dir, database_url)) as batches,
+        matching_rows(
+            trace, selection, format, timezone, day_zero, (config, data_dir, database_url), archive
+        ) as batches,
     ):
         found = analyzed(batches, options, say)
     if json != Path("-"):
@@ -141,6 +145,7 @@ def failures(
     origin: Origins = None,
     log_type: LogTypes = None,
     run_id: Runs = None,
+    archive: ArchiveUrl = None,
     data_dir: DataDir = None,
     database_url: DatabaseUrl = None,
     config: Config = None,
@@ -162,7 +167,9 @@ def failures(
     )  # fmt: skip
     with (
         progress() as say,
-        matching_rows(trace, selection, format, timezone, day_zero, (config, data_dir, database_url)) as batches,
+        matching_rows(
+            trace, selection, format, timezone, day_zero, (config, data_dir, database_url), archive
+        ) as batches,
     ):
         source, found = analyze_failures(batches, options, say)
     if json is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import sys
 import zoneinfo
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ DayZero = Annotated[
     datetime.datetime | None, typer.Option("--day-zero", formats=["%Y-%m-%d"], help="Timestamp 0's day.")
 ]
 Format = Annotated[str | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")]
+ArchiveUrl = Annotated[str | None, typer.Option("--archive", help="Folder or URL of an archive whose rows come along.")]
 TraceOrDatabase = Annotated[Path | None, typer.Argument(help="A trace file; without it, the database.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write everything as JSON; - is standard output.")]
 
@@ -131,6 +133,17 @@ def stamp_s(text: str | None, timezone: str | None, flag: str) -> float | None:
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=zoneinfo.ZoneInfo(timezone or "UTC"))
     return moment.timestamp()
+
+
+_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+
+
+def duration_s(text: str, flag: str) -> float:
+    """A flag's duration, as 90s, 15m, 12h or 30d, in seconds. Raises ConfigError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if found is None:
+        raise ConfigError(f"{flag}: expected a duration as 90s, 15m, 12h or 30d, got {text!r}")
+    return float(found[1]) * _UNITS_S[found[2]]
 
 
 LOG_TYPES: dict[str, str] = {"conversation": LogType.CONVERSATION, "api": LogType.API}
@@ -237,19 +250,45 @@ def matching_rows(
     timezone: str | None,
     day_zero: datetime.datetime | None,
     database: tuple[Path | None, Path | None, str | None],
+    archive: str | None = None,
 ) -> Iterator[Iterator[Any]]:
-    """The batches of a trace file, or of the database of (config, data_dir, database_url), that match."""
-    from storage.query import matching, read_batches
+    """The batches that match: of a trace file, or of the database of (config, data_dir, database_url) and an archive.
+
+    Raises ConfigError for an archive beside a trace file.
+    """
+    from storage.query import matching
     from traces.codec import read_trace
     from traces.table import READS
 
     if trace is not None:
+        if archive is not None:
+            raise ConfigError("--archive: expected with the database, not with a trace file")
         clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone or "UTC")
         batches = read_trace(trace, format=format, clock=clock, fields=(*READS, "run_id"))
         yield (matching(batch, selection) for batch in batches)
         return
     with open_database(*database) as engine:
-        yield read_batches(engine, selection)
+        yield rows_of(engine, selection, archive)
+
+
+def open_archive(url: str | None) -> Any:
+    """The archive of a flag. Raises ArchiveError."""
+    if url is None:
+        return None
+    from storage.archive import Archive
+
+    return Archive(url)
+
+
+def rows_of(engine: sa.Engine, selection: Any, archive: str | None) -> Iterator[Any]:
+    """The database's batches that match, with those of an archive where one is named."""
+    if archive is None:
+        from storage.query import read_batches
+
+        return read_batches(engine, selection)
+    from storage.archive import read_with_archive
+
+    return read_with_archive(engine, open_archive(archive), selection)
 
 
 @contextlib.contextmanager

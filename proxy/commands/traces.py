@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 
 from proxy.commands.common import (
+    ArchiveUrl,
     Config,
     DatabaseUrl,
     DataDir,
@@ -30,8 +32,11 @@ from proxy.commands.common import (
     app,
     check_format,
     check_timezone,
+    duration_s,
+    open_archive,
     open_database,
     read_profile_file,
+    rows_of,
     selection_of,
     stamp_s,
     whole_file,
@@ -51,6 +56,16 @@ def export(
     relabel_model: Annotated[str | None, typer.Option(help="Name every row's model so.")] = None,
     salt: Annotated[str | None, typer.Option(help="For the same block ids again.  [default: a new one]")] = None,
     stamps: Annotated[str | None, typer.Option(help="int or float Timestamps.")] = None,
+    anonymize: Annotated[
+        bool, typer.Option("--anonymize", help="Pseudonyms for ids, sessions, tenants; no upstream, no gateway.")
+    ] = False,
+    coarsen: Annotated[
+        str, typer.Option(help="With --anonymize: stamps in steps of this, as 60s; 0s keeps them.")
+    ] = "1s",
+    shift_days: Annotated[int, typer.Option(help="With --anonymize: move all stamps by whole days.")] = 0,
+    anonymize_models: Annotated[
+        bool, typer.Option("--anonymize-models", help="With --anonymize: model-1, model-2, ... for the models.")
+    ] = False,
     timezone: Timezone = None,
     day_zero: DayZero = None,
     start: From = None,
@@ -61,6 +76,7 @@ def export(
     origin: Origins = None,
     log_type: LogTypes = None,
     run_id: Runs = None,
+    archive: ArchiveUrl = None,
     data_dir: DataDir = None,
     database_url: DatabaseUrl = None,
     config: Config = None,
@@ -78,11 +94,28 @@ def export(
         model, session, outcome, origin, log_type, run_id,
         stamp_s(start, timezone, "--from"), stamp_s(end, timezone, "--to"),
     )  # fmt: skip
+    anonymizer = None
+    if anonymize:
+        from traces.anonymize import KEY_BYTES, Anonymizer
+
+        try:
+            anonymizer = Anonymizer(
+                secrets.token_bytes(KEY_BYTES),
+                coarsen_s=duration_s(coarsen, "--coarsen"),
+                shift_days=shift_days,
+                hide_models=anonymize_models,
+            )
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from None
+    elif (coarsen, shift_days, anonymize_models) != ("1s", 0, False):
+        raise ConfigError("--coarsen, --shift-days and --anonymize-models: expected with --anonymize")
     with open_database(config, data_dir, database_url) as engine:
         report = exports.export(
             engine,
             output,
             selection,
+            archive=open_archive(archive),
+            anonymize=anonymizer,
             format=format,
             day_zero=day_zero.date() if day_zero is not None else None,
             timezone=timezone,
@@ -186,12 +219,13 @@ def stats(
     origin: Origins = None,
     log_type: LogTypes = None,
     run_id: Runs = None,
+    archive: ArchiveUrl = None,
     data_dir: DataDir = None,
     database_url: DatabaseUrl = None,
     config: Config = None,
 ) -> None:
     """Requests, rates, tokens and failures of a trace file or of the database."""
-    from storage.query import matching, read_batches
+    from storage.query import matching
     from traces.codec import read_trace
     from traces.summary import render, summarize
 
@@ -202,10 +236,12 @@ def stats(
         stamp_s(start, timezone, "--from"), stamp_s(end, timezone, "--to"),
     )  # fmt: skip
     if trace is not None:
+        if archive is not None:
+            raise ConfigError("--archive: expected with the database, not with a trace file")
         summary = summarize(matching(batch, selection) for batch in read_trace(trace, format=format))
     else:
         with open_database(config, data_dir, database_url) as engine:
-            summary = summarize(read_batches(engine, selection))
+            summary = summarize(rows_of(engine, selection, archive))
     if json:
         print(msgspec.json.encode(summary).decode())
     else:

@@ -72,6 +72,7 @@ def test_what_is_exported_when_nothing_is_asked(filled: sa.Engine, tmp_path: Pat
         "rows_written": 3,
         "dropped": {},
         "notes": {"elapsed_rounded": 2, "elapsed_unknown": 1},
+        "anonymized": None,
     }
     assert (report.rows_in, report.rows_written, report.notes) == (3, 3, said["notes"])
 

@@ -150,6 +150,7 @@ class DeadlySink:
         self._sink = sink
         self._after = after
         self.progress, self.totals, self.close = sink.progress, sink.totals, sink.close
+        self.pruned = sink.pruned
 
     def commit(
         self,
