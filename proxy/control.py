@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.doctor import Check, balance_of, diagnose
 from proxy.settings import Settings, show_value
-from proxy.telemetry import sum_counters, worker_metrics
+from proxy.telemetry import ShapingMetrics, sum_counters, worker_metrics
 from storage.doctor import Balance, live_writers
 from storage.errors import DatabaseUnavailable, DatabaseUrlError
 from storage.journal import DROP_REASONS, directory_bytes
@@ -61,11 +61,13 @@ class _Metrics(Collector):
     def __init__(self, settings: Settings, balances: _Balances) -> None:
         self._settings = settings
         self._balances = balances
+        self._shaping = ShapingMetrics(settings.journal_dir)
 
     def collect(self) -> Iterator[Metric]:
         """The metrics now."""
         journal = self._settings.journal_dir
         yield from worker_metrics(sum_counters(journal))
+        yield from self._shaping.collect()
         yield GaugeMetricFamily("burstgate_workers", "Gateway workers that live.", live_writers(journal))
         yield GaugeMetricFamily(
             "burstgate_journal_size_bytes", "Size of the journal's segments.", directory_bytes(journal)
