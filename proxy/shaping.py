@@ -21,7 +21,7 @@ owed, and is owed afterwards. Tokens are estimated when a request comes (prompt 
 number at its end: TAT moves by the difference.
 
 Order is deficit round robin (Shreedhar and Varghese 1996, IEEE/ACM ToN 4(3)): of two that both wait all the time,
-neither gets more than a quantum and a request's tokens ahead.
+neither gets more than a quantum and two requests' tokens ahead.
 
 `concurrency: adaptive` is Gradient2 of Netflix's concurrency-limits (Gradient2Limit.java), on the mean time to first
 token of at least MIN_SAMPLES requests and a second:
