@@ -603,7 +603,7 @@ def _first_problem(error: ValidationError, sources: Mapping[str, str]) -> str:
     keys = set(setting_keys())
     size = next((n for n in range(len(parts), 0, -1) if ".".join(map(str, parts[:n])) in keys), len(parts))
     key = ".".join(map(str, parts[:size]))
-    place = sources.get(key, "settings")
+    place = sources.get(key) or next((at for name, at in sources.items() if name.startswith(f"{key}.")), "settings")
     inner = [part for part in parts[size:] if isinstance(part, str) and part != "[key]"]
     if key == "shaping.rules" and size < len(parts):  # a list of many like ones
         key += f"[{parts[size]}]"
