@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from typing import Any
@@ -39,7 +40,7 @@ def paced(pacer: Pacer[int], came_ns: list[int]) -> list[int]:
 
 
 def gaps_of(left_ns: list[int]) -> list[float]:
-    return [(b - a) / S for a, b in zip(left_ns, left_ns[1:], strict=False)]
+    return [(b - a) / S for a, b in itertools.pairwise(left_ns)]
 
 
 def gamma(seed: int = 3) -> Any:

@@ -194,7 +194,7 @@ def test_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
         ({"text": "shaping: {rules: [{name: a, priority: 1}, {name: a, priority: 2}]}"},
          "FILE: shaping.rules: each rule needs a name of its own, *'a' is not, got *"),
         ({"text": "shaping: {rules: [{name: pacing, priority: 1}]}"}, "FILE: shaping.rules: each rule needs *"),
-        ({"text": "shaping: {rules: [{name: a, requests_per_s: 0}]}"}, "FILE: shaping.rules[0]: requests_per_s: *, got 0"),
+        ({"text": "shaping: {rules: [{name: a, concurrency: 0}]}"}, "FILE: shaping.rules[0]: concurrency: *, got 0"),
         ({"text": "shaping: {rules: [{name: a, request_per_s: 1}]}"},
          "FILE: shaping.rules[0]: unknown setting 'request_per_s'; the nearest known one is 'requests_per_s', got *"),
         ({"text": "shaping: {rules: [{name: a, priority: 1, match: {modle: x}}]}"},

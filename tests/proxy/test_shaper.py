@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import random
 import shutil
 import subprocess
 import time
@@ -88,11 +90,8 @@ async def test_over_the_limit_is_429_with_retry_after_at_once(tmp_path: Path) ->
         shaping(tmp_path, upstream.url, shaping=shaped(rule)) as bench,
     ):
         first = await bench.serve(client())
-        took_s = []
         for _ in range(5):
-            at_s = time.perf_counter()
-            second = Client(BODY, on_write=lambda _, at_s=at_s: took_s.append(time.perf_counter() - at_s))
-            await bench.serve(second)
+            second = await bench.serve(client())
         records = bench.records()
         assert (bench.counter("shaping_rejected"), bench.counter("shaping_held")) == (5, 0)
     assert (first.status, second.status) == (200, 429)
@@ -243,6 +242,34 @@ async def test_paced_requests_leave_evenly(tmp_path: Path) -> None:
     assert view.pacing is not None
     assert view.pacing.achieved_cv is not None
     assert view.pacing.mean_delay_s == pytest.approx(0.75, abs=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cv_in", "pacing"), [(1.0, {"mode": "smooth", "cv": 0.5}), (0.5, {"mode": "retime", "shape": 1.0})]
+)
+def test_cv_is_reached_within_3_percent(tmp_path: Path, cv_in: float, pacing: dict[str, Any]) -> None:
+    """50 s of 100 requests/s: the sampling error of the CV is 1 to 1.4 %."""
+    draws, count = random.Random(7), 5000
+
+    async def run() -> list[float]:
+        settings = ShapingSettings(pacing=PacingSettings(delay_budget_s=2, seed=11, **pacing))
+        async with (
+            Upstream(plain(chat_answer())) as upstream,
+            shaping(tmp_path, upstream.url, shaping=settings) as bench,
+        ):
+            async with asyncio.TaskGroup() as tasks:
+                due_s = time.monotonic()
+                for _ in range(count):
+                    due_s += draws.gammavariate(1 / cv_in**2, cv_in**2) / 100
+                    await asyncio.sleep(due_s - time.monotonic())
+                    tasks.create_task(bench.serve(client()))
+            return sorted(each.received_at + (each.queue_s or 0) for each in bench.records())
+
+    left_s = asyncio.run(run())
+    gaps_s = [after - before for before, after in itertools.pairwise(left_s[200:-200])]
+    assert cv_of(gaps_s) == pytest.approx(pacing.get("cv", 1.0), rel=0.03)
+    assert len(gaps_s) / sum(gaps_s) == pytest.approx(100, rel=0.03)
 
 
 @in_loop

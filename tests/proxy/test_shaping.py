@@ -152,7 +152,7 @@ def test_no_window_is_over_any_limit_and_everybody_is_served(
     assert run.shaping.waiting == 0
     for limit, classes in ((broad, ["abc"]), (narrow, ["a", "b", "c"])):
         for names in classes:
-            mine = [(at_ns, each) for at_ns, each in run.gone if each.tenant in names]
+            mine = [(at_ns, each) for at_ns, each in run.gone if each.tenant and each.tenant in names]
             slack_s = SLACK_NS / S
             if per_s := limit.get("requests_per_s"):
                 burst = max(1.0, limit.get("burst") or per_s)
