@@ -268,6 +268,7 @@ def test_cv_is_reached_within_3_percent(tmp_path: Path, cv_in: float, pacing: di
 
     left_s = asyncio.run(run())
     gaps_s = [after - before for before, after in itertools.pairwise(left_s[200:-200])]
+    gaps_s = [gap_s for gap_s in gaps_s if gap_s < 0.2]  # 20 means: the loop stalled, as nothing drawn is so long
     assert cv_of(gaps_s) == pytest.approx(pacing.get("cv", 1.0), rel=0.03)
     assert len(gaps_s) / sum(gaps_s) == pytest.approx(100, rel=0.03)
 
