@@ -18,9 +18,11 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+import msgspec
 import uvicorn
 from fastapi import FastAPI
 
@@ -30,6 +32,7 @@ from proxy.logs import configure_logging
 from proxy.server import ClientConnection
 from proxy.sessions import SessionTable, load_secret
 from proxy.settings import Settings
+from proxy.shaping_view import SHAPING_VIEW
 from proxy.telemetry import WORKER_COUNTERS, WorkerMetrics
 from proxy.upstream import build_fleet
 from proxy.view import WorkerView, digest_of, remove_view, write_view
@@ -107,6 +110,7 @@ def build_app(settings: Settings) -> GatewayApp:
                 tasks.create_task(_maintain(gateway)),
                 tasks.create_task(gateway.watch.run()),
                 tasks.create_task(_report(gateway, app.changed)),
+                tasks.create_task(gateway.shaping.run()),
             ]
             yield
             for chore in chores:
@@ -141,6 +145,8 @@ async def _maintain(gateway: Gateway) -> None:
                 next_upkeep_s = time.monotonic() + MAINTENANCE_S
                 journal.retry_unwritten()
                 await asyncio.to_thread(journal.refresh_budget)
+                if gateway.shaper is not None or (journal.directory / SHAPING_VIEW).exists():
+                    _show_shaping(journal.directory, msgspec.json.encode(gateway.shaping.view()))
         except OSError as error:  # again in a while: a worker without upkeep would lose what a power cut takes
             log.error("the journal could not be looked after: %s", error)
 
@@ -166,6 +172,13 @@ async def _report(gateway: Gateway, changed: asyncio.Event) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(changed.wait(), VIEW_S)
         changed.clear()
+
+
+def _show_shaping(directory: Path, view: bytes) -> None:
+    """For the control plane, which reads a whole file or none. Raises OSError."""
+    path = directory / f"{SHAPING_VIEW}.new"
+    path.write_bytes(view)
+    path.rename(directory / SHAPING_VIEW)
 
 
 def server_config(app: Any, settings: Settings) -> uvicorn.Config:

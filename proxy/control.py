@@ -34,7 +34,7 @@ from proxy.doctor import Check, balance_of, diagnose
 from proxy.logs import configure_logging
 from proxy.retention import RetentionState, read_state
 from proxy.settings import Settings, show_value
-from proxy.telemetry import CountersReader, Totals, all_worker_metrics, counting_since_ns, sum_counters
+from proxy.telemetry import CountersReader, ShapingMetrics, Totals, all_worker_metrics, counting_since_ns, sum_counters
 from storage.doctor import Balance, live_writers
 from storage.errors import DatabaseUnavailable, DatabaseUrlError
 from storage.journal import DROP_REASONS, directory_bytes
@@ -72,6 +72,7 @@ class _Metrics(Collector):
         self._settings = settings
         self._balances = balances
         self._reader = CountersReader(settings.journal_dir)
+        self._shaping = ShapingMetrics(settings.journal_dir)
         self._exporting: Any = None
         self._export_failures = 0
 
@@ -105,6 +106,7 @@ class _Metrics(Collector):
         yield CounterMetricFamily(
             "burstgate_metric_exports_failed", "Exports of metrics that the collector did not take.", failures
         )
+        yield from self._shaping.collect()
         yield GaugeMetricFamily("burstgate_workers", "Gateway workers that live.", live_writers(journal))
         yield GaugeMetricFamily(
             "burstgate_journal_size_bytes", "Size of the journal's segments.", directory_bytes(journal)

@@ -21,8 +21,9 @@ class _Envelope(msgspec.Struct, frozen=True):
 class GatewayError(Exception):
     """An answer that the gateway gives itself. type is the record's `error_type` too."""
 
-    def __init__(self, status: int, type_: str, message: str) -> None:
+    def __init__(self, status: int, type_: str, message: str, *, retry_after_s: int | None = None) -> None:
         super().__init__(message)
+        self.retry_after_s = retry_after_s
         self.status = status
         self.type = type_
         self.message = message

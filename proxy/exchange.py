@@ -28,6 +28,8 @@ from proxy.request_head import LOG_TYPES, RequestHead, clean, countable
 from proxy.server import ClientConnection, Incoming
 from proxy.sessions import ConversationKeys, SessionTable, conversation_keys, response_key
 from proxy.settings import Settings, TelemetrySettings
+from proxy.shaper import Shaper
+from proxy.shaping import Ticket
 from proxy.telemetry import WorkerMetrics
 from proxy.tracing import Trace, Tracer
 from proxy.upload import Upload
@@ -51,6 +53,8 @@ STREAM_BODY_BYTES = 1024 * 1024
 """A body that is not JSON is sent on as it comes beyond this; JSON is read whole (up to `limits.body`)."""
 _WITH_LENGTH = frozenset({b"POST", b"PUT", b"PATCH"})
 """Methods whose empty body has a Content-Length (RFC 9110, section 8.6)."""
+_UNSHAPED = frozenset({b"GET", b"HEAD", b"OPTIONS"})
+"""Methods that ask nothing of a model."""
 _SSE_COMMENT = b": keep-alive\n\n"
 _OPERATIONS = {family.value: family.value for family in Family} | {
     "completions": "text_completion", "responses": "chat", "messages": "chat",
@@ -117,6 +121,9 @@ class Gateway:
         self.failure_log: FailureLog | None = None
         self._telemetry = TelemetrySettings()
         self._exporting: Any = None
+        self.shaping = Shaper(settings, lambda: self.metrics)
+        self.shaper: Shaper | None = None
+        """The same where there is something to shape; else requests are not asked about."""
         self._use(settings)
 
     def _use(self, settings: Settings) -> None:
@@ -139,6 +146,8 @@ class Gateway:
         self.keeps_prefixes = settings.record.prefix_blocks
         self.retry_statuses = frozenset(settings.retry.statuses)
         self.watch.timers = Timers.of(settings.timeouts)
+        self.shaper = self.shaping if settings.shaping.is_on else None
+        self.tenant_header = settings.shaping.tenant_header.encode() if settings.shaping.tenant_header else b""
 
     def _trace(self, settings: Settings) -> None:
         """Give requests spans, or others, or none any more. Raises ConfigError; then nothing has changed."""
@@ -166,12 +175,13 @@ class Gateway:
         """Take over a reloaded configuration; requests that run keep what they have been told."""
         self._use(settings)
         self.fleet.apply(settings)
+        self.shaping.apply(settings)
         for connection in self.connections:
             connection.forget_head()
 
     def read_head(self, headers: Headers) -> RequestHead:
         """What a request's headers say."""
-        return RequestHead(headers, self.session_header, self.log_type_header)
+        return RequestHead(headers, self.session_header, self.log_type_header, self.tenant_header)
 
     def incoming(self, connection: ClientConnection, method: bytes, target: bytes, head: RequestHead) -> Request:
         """A request begins."""
@@ -199,8 +209,8 @@ class Request(Incoming):
                  "_parts", "_ready_ns", "_size", "_task", "_upload", "account", "answered", "begun", "body_bytes",
                  "client_gone", "endpoint", "error", "exchange", "facts", "family", "gateway", "is_over",
                  "is_recorded", "keys", "log_type", "model", "path", "prefix", "received_at", "request_id",
-                 "selection", "sends_usage", "session", "shown_id", "start_ns", "status", "tenant", "timed_out",
-                 "trace", "upstream")  # fmt: skip
+                 "selection", "sends_usage", "session", "shown_id", "start_ns", "status", "tenant", "ticket",
+                 "timed_out", "trace", "upstream")  # fmt: skip
 
     def __init__(
         self, gateway: Gateway, connection: ClientConnection, method: bytes, target: bytes, head: RequestHead
@@ -223,6 +233,8 @@ class Request(Incoming):
         self.session: str | None = head.session
         self.tenant: str | None = None
         """Whom it is accounted to."""
+        self.ticket: Ticket | None = None
+        """Its way through shaping; None where it is not shaped."""
         self.keys: ConversationKeys | None = None
         self.prefix: tuple[int, ...] | None = None
         self.log_type = LogType.API
@@ -393,7 +405,8 @@ class Request(Incoming):
                 self._task = self.gateway.spawn(self._list_models())
             else:
                 self._body = body
-                self._forward()
+                if self.gateway.shaper is None or self._may_go(self.gateway.shaper):
+                    self._forward()
         except Exception:  # noqa: BLE001 (the last line of defence: one request's defect is not the worker's end)
             self._defect()
 
@@ -403,7 +416,8 @@ class Request(Incoming):
             self._upload = Upload(self.connection, self._parts)
             self._parts = []
             self._admit(b"")
-            self._forward()
+            if self.gateway.shaper is None or self._may_go(self.gateway.shaper):
+                self._forward()
         except Exception:  # noqa: BLE001 (see `_whole`)
             self._defect()
 
@@ -424,6 +438,8 @@ class Request(Incoming):
             except Exception:  # noqa: BLE001 (never in the way: a defect in reading must not refuse a request)
                 self._accounting_failed()
         self.model = clean(self.facts.model)
+        if self.tenant is None:
+            self.tenant = self.head.tenant
         self._find_session()
         self._begin()
 
@@ -488,6 +504,47 @@ class Request(Incoming):
         except Exception:  # noqa: BLE001 (never in the way: a defect in recording must not refuse a request)
             self.begun = False
             self._accounting_failed()
+
+    # shaping ----------------------------------------------------------------------------------------------------------
+
+    def _may_go(self, shaper: Shaper) -> bool:
+        """Ask the shaper. False when it holds the request, or has refused it."""
+        if self.method in _UNSHAPED:
+            return True
+        try:
+            facts = self.facts
+            prompt = self.gateway.estimates.request_tokens(self.model, self.body_bytes)
+            self.ticket = ticket = Ticket(
+                time.monotonic_ns(),
+                shaper.estimate(prompt, facts.max_tokens, facts.choices),
+                model=self.model,
+                tenant=self.tenant,
+                session=self.session,
+                log_type=self.log_type,
+                origin=self.head.origin,
+                owner=self,
+            )
+            may_go = shaper.enter(ticket)
+        except Exception:  # noqa: BLE001 (never in the way: a defect in shaping must not refuse a request)
+            self._accounting_failed()
+            return not self.is_over and self.exchange is None and self.selection is None
+        if ticket.refusal is not None and not self.is_over:
+            self.shaped()
+        return may_go
+
+    def shaped(self) -> None:
+        """The shaper, which held the request, lets it go, or refuses it."""
+        ticket = self.ticket
+        if self.is_over or ticket is None:
+            return
+        try:
+            if ticket.refusal is None:
+                self._forward()
+            else:
+                error = GatewayError(429, "rate_limit_exceeded", ticket.refusal, retry_after_s=ticket.retry_after_s)
+                self._refuse(error)
+        except Exception:  # noqa: BLE001 (see `_whole`)
+            self._defect()
 
     # to the upstream --------------------------------------------------------------------------------------------------
 
@@ -731,6 +788,8 @@ class Request(Incoming):
         if gateway.shows_overhead:
             now_ns = time.monotonic_ns()
             own_ns = (self._ready_ns or now_ns) - self.start_ns
+            if self.ticket is not None:
+                own_ns -= max(0, self.ticket.left_ns - self.ticket.arrived_ns)
             if exchange is not None and exchange.has_body:  # without one, a comment begins the answer
                 own_ns += now_ns - exchange.received_ns
             lines += b"x-burstgate-overhead-ms: %.3f\r\n" % (own_ns / 1e6)
@@ -773,7 +832,11 @@ class Request(Incoming):
 
     def _refuse(self, error: GatewayError) -> None:
         """Answer with the gateway's own error."""
-        outcomes = {"upstream_connect_error": Outcome.CONNECT_ERROR, "upstream_timeout": Outcome.UPSTREAM_TIMEOUT}
+        outcomes = {
+            "upstream_connect_error": Outcome.CONNECT_ERROR,
+            "upstream_timeout": Outcome.UPSTREAM_TIMEOUT,
+            "rate_limit_exceeded": Outcome.REJECTED,
+        }
         outcome = outcomes.get(error.type, Outcome.UPSTREAM_ERROR if error.status >= 500 else Outcome.INVALID_REQUEST)
         if self.answered:
             self._break_off(b"", error, outcome)
@@ -781,12 +844,14 @@ class Request(Incoming):
         self.error = error
         self.status = error.status
         self._finish(outcome)
-        self._answer(error.status, error_body(error))
+        retry = b"" if error.retry_after_s is None else b"retry-after: %d\r\n" % error.retry_after_s
+        self._answer(error.status, error_body(error), retry)
 
-    def _answer(self, status: int, body: bytes) -> None:
+    def _answer(self, status: int, body: bytes, more_lines: bytes = b"") -> None:
         """An answer of the gateway's own, after its record."""
         self.answered = True
-        lines = b"content-type: application/json\r\ncontent-length: %d\r\n%b" % (len(body), self._own_lines(None))
+        lines = b"content-type: application/json\r\ncontent-length: %d\r\n%b" % (len(body), more_lines)
+        lines += self._own_lines(None)
         self._over()
         self.connection.begin(status, lines, is_sized=True)
         self.connection.end(b"" if self.method == b"HEAD" else body)
@@ -798,6 +863,8 @@ class Request(Incoming):
         gateway.watch.remove(self)
         if self.selection is not None:
             self.selection.release()
+        if self.ticket is not None:
+            gateway.shaping.leave(self.ticket)
         exchange = self.exchange
         if exchange is not None:
             exchange.listener = None
@@ -895,6 +962,8 @@ class Request(Incoming):
         sent_ns = self.exchange.sent_ns if self.exchange is not None else 0
         operation = _OPERATIONS[self.family._value_]
         trace = self.trace
+        if self.ticket is not None:
+            self._settle(self.ticket, outcome, record, now_ns)
         self.gateway.metrics.ended(
             record,
             operation,
@@ -905,6 +974,18 @@ class Request(Incoming):
             trace.ended(record, self.method, operation, self.start_ns)
         if self.gateway.failure_log is not None and outcome is not Outcome.OK:
             self.gateway.failure_log.ended(record)
+
+    def _settle(self, ticket: Ticket, outcome: Outcome, record: TraceRecord, now_ns: int) -> None:
+        """Tell the shaper what became of the request."""
+        tokens = None
+        if record.token_source is not TokenSource.NONE:
+            tokens = (record.request_tokens or 0) + (record.response_tokens or 0)
+        elif outcome is not Outcome.OK:
+            tokens = 0  # nothing was generated for it that anybody has counted
+        sent_ns = self.exchange.sent_ns if self.exchange is not None else 0
+        whole_s = (now_ns - sent_ns) / 1e9 if sent_ns and outcome is Outcome.OK else None
+        dropped = outcome in (Outcome.REJECTED, Outcome.UPSTREAM_TIMEOUT) or self.status == 503
+        self.gateway.shaping.ended(ticket, tokens, record.response_tokens, record.ttft_s, whole_s, dropped=dropped)
 
     def _record(self, outcome: Outcome, done: Accounted, now_ns: int) -> TraceRecord:
         facts = self.facts
@@ -920,6 +1001,13 @@ class Request(Incoming):
         else:
             source = TokenSource.NONE if usage is None else TokenSource.USAGE
         response_tokens = countable(done.response_tokens)
+        queue_s: float | None = None
+        rule: str | None = None
+        kind: str | None = None
+        ticket = self.ticket
+        if ticket is not None:
+            queue_s = ((ticket.left_ns or now_ns) - ticket.arrived_ns) / 1e9
+            rule, kind = self.gateway.shaping.rule_of(ticket)
         sent_ns = self.exchange.sent_ns if self.exchange is not None else 0
         return TraceRecord(
             request_id=self.request_id,
@@ -937,7 +1025,7 @@ class Request(Incoming):
             error_type=clean(done.error_type) or (self.error.type if self.error is not None else None),
             ttft_s=latency.ttft_s(sent_ns, done.first_chunk_ns),
             tpot_s=latency.tpot_s(done.first_chunk_ns, done.last_chunk_ns, response_tokens),
-            queue_s=None,
+            queue_s=queue_s,
             endpoint=self.endpoint,
             stream=facts.stream,
             upstream=self.upstream.name if self.upstream is not None else None,
@@ -951,6 +1039,8 @@ class Request(Incoming):
             prefix_blocks=self.prefix if self.gateway.keeps_prefixes else None,
             tenant=self.tenant,
             gateway=self.gateway.name,
+            shaping_rule=rule,
+            shaping_class=kind,
         )
 
 

@@ -43,10 +43,12 @@ class RequestHead:
     """What the headers say: those to send on, and what the gateway itself needs. Shared by requests with equal ones."""
 
     __slots__ = ("client_request_id", "content_type", "expects_continue", "forward", "host", "hosts", "is_chunked",
-                 "lines", "log_type", "origin", "request_id", "run_id", "session", "size")  # fmt: skip
+                 "lines", "log_type", "origin", "request_id", "run_id", "session", "size", "tenant")  # fmt: skip
 
-    def __init__(self, headers: Headers, session_header: bytes, log_type_header: bytes) -> None:
-        """headers: names as sent, without Content-Length."""
+    def __init__(
+        self, headers: Headers, session_header: bytes, log_type_header: bytes, tenant_header: bytes = b""
+    ) -> None:
+        """headers: names as sent, without Content-Length. tenant_header: empty for none."""
         self.forward: Headers = []
         self.size = sum([len(name) + len(value) + 4 for name, value in headers])
         """Bytes of all headers, with their separators."""
@@ -61,6 +63,7 @@ class RequestHead:
         """As sent; `client_request_id` as recorded."""
         self.client_request_id: str | None = None
         self.session: str | None = None
+        self.tenant: str | None = None
         self.log_type: LogType | None = None
         self.origin = Origin.CLIENT
         self.run_id: str | None = None
@@ -87,6 +90,8 @@ class RequestHead:
                 continue
             if lower == session_header:
                 self.session = clean(value.decode("latin-1")) or None
+            if tenant_header and lower == tenant_header:
+                self.tenant = clean(value.decode("latin-1")) or None
             if lower == log_type_header:
                 self.log_type = LOG_TYPES.get(value.decode("latin-1").strip().lower())
                 continue

@@ -41,6 +41,15 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _with_known_names(model: type[BaseModel], value: Any) -> Any:
+    """What is to be validated. Raises ValueError where it is a mapping with a name that is no setting."""
+    for name in value if isinstance(value, dict) else ():
+        if name not in model.model_fields:
+            near = difflib.get_close_matches(str(name), list(model.model_fields), n=1, cutoff=0.0)
+            raise ValueError(f"unknown setting '{name}'; the nearest known one is '{near[0]}'")
+    return value
+
+
 class UpstreamSettings(_Frozen):
     """One vLLM server; as text, its URL."""
 
@@ -56,13 +65,7 @@ class UpstreamSettings(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"url": value}
-        for name in value if isinstance(value, dict) else ():
-            if name not in cls.model_fields:
-                near = difflib.get_close_matches(str(name), list(cls.model_fields), n=1, cutoff=0.0)
-                raise ValueError(f"unknown setting '{name}'; the nearest known one is '{near[0]}'")
-        return value
+        return {"url": value} if isinstance(value, str) else _with_known_names(cls, value)
 
     @field_validator("url")
     @classmethod
@@ -213,6 +216,12 @@ class LimitSettings(_Frozen):
     headers: ByteSize = Field(ByteSize(64 * 1024), ge=1024, description="request line and headers; beyond it 431")
 
 
+def _header_name(value: str) -> str:
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", value):
+        raise ValueError("expected a header name")
+    return value.lower()
+
+
 class SessionSettings(_Frozen):
     """How a request's session and log type are found."""
 
@@ -226,9 +235,150 @@ class SessionSettings(_Frozen):
     @field_validator("header", "log_type_header")
     @classmethod
     def _token(cls, value: str) -> str:
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", value):
-            raise ValueError("expected a header name")
-        return value.lower()
+        return _header_name(value)
+
+
+class MatchSettings(_Frozen):
+    """Which requests a shaping rule is for: every pattern must match. `*` and `?` as in file names."""
+
+    model: str | None = Field(None, description="as the client asked for it")
+    tenant: str | None = Field(
+        None, description="of the API key or of `shaping.tenant_header`; unknown matches `*` only"
+    )
+    log_type: Literal["conversation", "api"] | None = Field(None, description="conversation or api")
+    origin: str | None = Field(None, description="client, replay or injected")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        return _with_known_names(cls, value)
+
+
+class RuleSettings(_Frozen):
+    """One shaping rule: limits, by class. docs/shaping.md has examples."""
+
+    name: str = Field(pattern=r"^[!-~]{1,64}$", description="in records, metrics and refusals")
+    match: MatchSettings = Field(MatchSettings(), description="which requests; default: all")
+    group: str | None = Field(None, description="of the rules of a group only the first that matches applies")
+    per: Literal["none", "model", "tenant", "session", "log_type"] = Field(
+        "none", description="each of these is a class with the limits to itself"
+    )
+    requests_per_s: float | None = Field(None, gt=0, le=1e6, description="requests a second")
+    burst: int | None = Field(None, ge=1, le=10**6, description="requests at once; default: those of one second")
+    tokens_per_s: float | None = Field(None, gt=0, le=1e9, description="prompt and answer tokens a second")
+    burst_tokens: int | None = Field(None, ge=1, le=10**9, description="tokens at once; default: those of one second")
+    concurrency: Annotated[int, Field(ge=1, le=10**6)] | Literal["adaptive"] | None = Field(
+        None, description="requests in flight; adaptive: found from the time to first token"
+    )
+    queue: int = Field(1000, ge=0, le=10**6, description="requests that wait, by class; beyond them 429")
+    max_wait_s: float = Field(30.0, ge=0, le=3600, description="the longest wait; then 429")
+    fair_by: Literal["none", "session", "tenant"] = Field("none", description="whose requests take turns in the queue")
+    priority: int | None = Field(
+        None, ge=-9, le=9, description="of the requests that match, in every queue; the first rule that has one decides"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        return _with_known_names(cls, value)
+
+    @model_validator(mode="after")
+    def _limits(self) -> RuleSettings:
+        limits = (self.requests_per_s, self.tokens_per_s, self.concurrency, self.priority)
+        if all(limit is None for limit in limits):
+            raise ValueError(f"rule '{self.name}' needs requests_per_s, tokens_per_s, concurrency or priority")
+        if self.burst is not None and self.requests_per_s is None:
+            raise ValueError(f"rule '{self.name}': burst is for requests_per_s")
+        if self.burst_tokens is not None and self.tokens_per_s is None:
+            raise ValueError(f"rule '{self.name}': burst_tokens is for tokens_per_s")
+        return self
+
+    def __str__(self) -> str:
+        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False)
+
+
+class PacingSettings(_Frozen):
+    """When requests leave, apart from limits. Each worker paces for itself."""
+
+    mode: Literal["off", "smooth", "retime"] = Field(
+        "off", description="smooth: to `cv` or `peak_rps`; retime: to the Gamma `shape` or the `pattern`"
+    )
+    cv: float | None = Field(None, ge=0, le=30, description="smooth: asked CV of the gaps between leavings")
+    peak_rps: float | None = Field(None, gt=0, le=1e6, description="smooth: no two leave closer than 1 / this, seconds")
+    shape: float | None = Field(
+        None, ge=0.001, le=1e6, description="retime: Gamma shape of the gaps (1 is Poisson, below 1 bursty)"
+    )
+    pattern: Path | None = Field(
+        None, description="retime: a trace or workload profile whose gaps are followed, at the live mean rate"
+    )
+    delay_budget_s: float = Field(1.0, gt=0, le=3600, description="no request is held longer; half of it is the mean")
+    seed: int | None = Field(None, description="of the draws; default: another one in every worker")
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> PacingSettings:
+        goals = {"smooth": (self.cv, self.peak_rps), "retime": (self.shape, self.pattern)}
+        names = {"smooth": "cv or peak_rps", "retime": "shape or pattern"}
+        for mode, values in goals.items():
+            wanted = 1 if mode == self.mode else 0
+            if sum(value is not None for value in values) != wanted:
+                rule = f"mode {mode} needs {names[mode]}, one of them" if wanted else f"{names[mode]} needs mode {mode}"
+                raise ValueError(rule)
+        return self
+
+
+class ShapingSettings(_Frozen):
+    """Limits, queues and pacing of requests on their way to an upstream. GET, HEAD and OPTIONS are not shaped."""
+
+    rules: tuple[RuleSettings, ...] = Field(
+        (), description="limits; all rules that match a request must admit it (docs/shaping.md)"
+    )
+    tenant_header: str | None = Field(
+        None, description="request header that names the tenant, where no API key does; default: none"
+    )
+    ageing_s: float = Field(
+        10.0, ge=0, description="after each such wait a request counts one priority higher; 0: never"
+    )
+    hosts: int = Field(1, ge=1, le=10_000, description="gateways that share the limits: each takes its part of them")
+    backend: str | None = Field(
+        None, description="redis://HOST/DB: limits hold exactly over all workers and gateways; default: a part for each"
+    )
+    pacing: PacingSettings = PacingSettings()
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                value = yaml.safe_load(value)
+            except (yaml.YAMLError, RecursionError):
+                raise ValueError("expected a list of rules, as in [{name: all, requests_per_s: 10}]") from None
+        return () if value is None else value
+
+    @field_validator("rules")
+    @classmethod
+    def _differ(cls, value: tuple[RuleSettings, ...]) -> tuple[RuleSettings, ...]:
+        names = [rule.name for rule in value]
+        for name in names:
+            if names.count(name) > 1 or name == "pacing":
+                raise ValueError(f"each rule needs a name of its own, other than 'pacing'; '{name}' is not")
+        return value
+
+    @field_validator("tenant_header")
+    @classmethod
+    def _header(cls, value: str | None) -> str | None:
+        return None if value is None else _header_name(value)
+
+    @field_validator("backend")
+    @classmethod
+    def _is_redis(cls, value: str | None) -> str | None:
+        if value is not None and not re.match(r"(rediss?|unix)://.", value):
+            raise ValueError("expected redis://HOST:PORT/DB, rediss:// or unix://PATH")
+        return value
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anything to do for a request."""
+        return bool(self.rules) or self.pacing.mode != "off"
 
 
 class TelemetrySettings(_Frozen):
@@ -306,6 +456,7 @@ class Settings(_Frozen):
     balance: BalanceSettings = BalanceSettings()
     health: HealthSettings = HealthSettings()
     retry: RetrySettings = RetrySettings()
+    shaping: ShapingSettings = ShapingSettings()
     record: RecordSettings = RecordSettings()
     retention: RetentionSettings = RetentionSettings()
     response_headers: ResponseHeaderSettings = ResponseHeaderSettings()
@@ -541,8 +692,10 @@ def _first_problem(error: ValidationError, sources: Mapping[str, str]) -> str:
     keys = set(setting_keys())
     size = next((n for n in range(len(parts), 0, -1) if ".".join(map(str, parts[:n])) in keys), len(parts))
     key = ".".join(map(str, parts[:size]))
-    place = sources.get(key, "settings")
+    place = sources.get(key) or next((at for name, at in sources.items() if name.startswith(f"{key}.")), "settings")
     inner = [part for part in parts[size:] if isinstance(part, str) and part != "[key]"]
+    if key == "shaping.rules" and size < len(parts):  # a list of many like ones
+        key += f"[{parts[size]}]"
     if inner == ["url"] and problem["type"] == "value_error":
         inner = []  # the rule names it
     within = "".join(f" {part}:" for part in inner)

@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Final
 
+import msgspec
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -45,9 +46,27 @@ from proxy.series import (
     histogram,
     series_metrics,
 )
+from proxy.shaping_view import SHAPING_VIEW, ShapingView
 from storage.counters import places, read_blocks
 from storage.journal import DROP_REASONS, JOURNAL_COUNTERS, RETIRED, is_writer_alive, list_directory, writer_directories
 from traces.record import Outcome, TraceRecord
+
+WAIT_BUCKETS_S: Final[tuple[float, ...]] = (
+    0.001,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+)
 
 
 def _histogram_names(name: str, buckets: tuple[float, ...]) -> tuple[str, ...]:
@@ -65,9 +84,14 @@ WORKER_COUNTERS = (
     "spans_exported",
     "spans_dropped_queue",
     "spans_dropped_export",
+    "shaping_waiting",
+    "shaping_held",
+    "shaping_rejected",
+    "shaping_fallbacks",
+    *_histogram_names("shaping_wait", WAIT_BUCKETS_S),
     *SERIES_BLOCKS,
 )
-"""The slots behind the journal's own, in order. in_flight is a gauge; the rest only grow. The blocks come last."""
+"""The slots behind the journal's own, in order. Those in `GAUGES` are gauges; the rest only grow. Blocks come last."""
 
 _SLOT = dict(places(JOURNAL_COUNTERS + WORKER_COUNTERS))
 _IN_FLIGHT = _SLOT["in_flight"]
@@ -85,6 +109,12 @@ _SPANS_EXPORTED: Final = _SLOT["spans_exported"]
 _SPANS_DROPPED_QUEUE: Final = _SLOT["spans_dropped_queue"]
 _SPANS_DROPPED_EXPORT: Final = _SLOT["spans_dropped_export"]
 SPAN_DROP_REASONS = ("queue", "export")
+_WAITING = _SLOT["shaping_waiting"]
+_HELD = _SLOT["shaping_held"]
+_REJECTED = _SLOT["shaping_rejected"]
+_FALLBACKS = _SLOT["shaping_fallbacks"]
+_WAIT = _SLOT[f"shaping_wait_le_{WAIT_BUCKETS_S[0]:g}"]
+_WAIT_SUM = _SLOT["shaping_wait_sum_us"]
 
 
 class WorkerMetrics:
@@ -155,8 +185,29 @@ class WorkerMetrics:
         """An answer could not be accounted for; its bytes passed on."""
         self._slots[_ACCOUNTING_ERRORS] += 1
 
+    def shaping_waiting(self, requests: int) -> None:
+        """So many are held by shaping now."""
+        self._slots[_WAITING] = requests
 
-GAUGES = frozenset({"in_flight", "journal_unwritten"})
+    def shaping_held(self) -> None:
+        """A request has to wait."""
+        self._slots[_HELD] += 1
+
+    def shaping_waited(self, wait_s: float) -> None:
+        """It waits no more."""
+        self._slots[_WAIT + bisect_left(WAIT_BUCKETS_S, wait_s)] += 1
+        self._slots[_WAIT_SUM] += int(wait_s * 1e6)
+
+    def shaping_rejected(self) -> None:
+        """A request was refused."""
+        self._slots[_REJECTED] += 1
+
+    def shaping_fell_back(self) -> None:
+        """The shared limits are gone, and parts of them hold."""
+        self._slots[_FALLBACKS] += 1
+
+
+GAUGES = frozenset({"in_flight", "journal_unwritten", "shaping_waiting"})
 
 
 @dataclass(slots=True)
@@ -346,3 +397,84 @@ def worker_metrics(values: Mapping[str, int], examples: Mapping[int, Example] | 
     for reason in SPAN_DROP_REASONS:
         lost.add_metric([reason], get(f"spans_dropped_{reason}"))
     yield lost
+    yield GaugeMetricFamily("burstgate_shaping_queue", "Requests held by shaping now.", get("shaping_waiting"))
+    yield CounterMetricFamily("burstgate_shaping_held", "Requests that had to wait.", get("shaping_held"))
+    yield CounterMetricFamily("burstgate_shaping_rejected", "Requests refused with 429.", get("shaping_rejected"))
+    yield CounterMetricFamily(
+        "burstgate_shaping_fallbacks", "Times that the shared limits' backend was gone.", get("shaping_fallbacks")
+    )
+    yield _histogram(
+        "burstgate_shaping_wait_seconds", "How long requests were held.", "shaping_wait", WAIT_BUCKETS_S, values
+    )
+
+
+class ShapingMetrics:
+    """What the workers' views of their shaping (`proxy/shaper.py`) say, as metrics by rule."""
+
+    def __init__(self, journal: Path) -> None:
+        self._journal = journal
+        self._seen: dict[str, ShapingView] = {}
+        """By writer; those of writers that are gone, too: what was counted stays counted."""
+
+    def views(self) -> dict[str, ShapingView]:
+        """Of the writers that live."""
+        living = {}
+        for directory in writer_directories(self._journal):
+            try:
+                view = msgspec.json.decode((directory / SHAPING_VIEW).read_bytes(), type=ShapingView)
+            except (OSError, msgspec.DecodeError):
+                continue
+            self._seen[directory.name] = view
+            if is_writer_alive(directory):
+                living[directory.name] = view
+        return living
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics now."""
+        living = self.views()
+        counted = ["rule"]
+        held = CounterMetricFamily("burstgate_shaping_rule_held", "Requests that a rule held.", labels=counted)
+        rejected = CounterMetricFamily(
+            "burstgate_shaping_rule_rejected", "Requests that a rule refused.", labels=counted
+        )
+        waiting = GaugeMetricFamily("burstgate_shaping_rule_queue", "Requests that wait for a rule.", labels=counted)
+        limit = GaugeMetricFamily(
+            "burstgate_shaping_adaptive_limit",
+            "Lowest adaptive concurrency limit, summed over workers.",
+            labels=counted,
+        )
+        for family, values in (
+            (held, _sum_by_rule(self._seen, "held")),
+            (rejected, _sum_by_rule(self._seen, "rejected")),
+            (waiting, _sum_by_rule(living, "waiting")),
+            (limit, _sum_by_rule(living, "limit")),
+        ):
+            for rule, value in values.items():
+                family.add_metric([rule], value)
+            yield family
+        paced = ("worker", "stage")
+        cv = GaugeMetricFamily("burstgate_pacing_cv", "CV of gaps: asked, as requests came, achieved.", labels=paced)
+        delay = GaugeMetricFamily("burstgate_pacing_delay_seconds", "Mean delay that pacing added.", labels=["worker"])
+        forced = CounterMetricFamily(
+            "burstgate_pacing_forced", "Requests that left because their delay budget was over.", labels=["worker"]
+        )
+        for writer, view in living.items():
+            pacing = view.pacing
+            if pacing is not None:
+                stages = {"asked": pacing.asked_cv, "came": pacing.came_cv, "achieved": pacing.achieved_cv}
+                for stage, found in stages.items():
+                    if found is not None:
+                        cv.add_metric([writer, stage], found)
+                delay.add_metric([writer], pacing.mean_delay_s)
+                forced.add_metric([writer], pacing.forced)
+        yield from (cv, delay, forced)
+
+
+def _sum_by_rule(views: Mapping[str, ShapingView], name: str) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for view in views.values():
+        for rule in view.rules:
+            value: int | None = getattr(rule, name)
+            if value is not None:
+                total[rule.name] = total.get(rule.name, 0) + value
+    return total

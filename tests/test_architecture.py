@@ -100,6 +100,7 @@ def test_tests_are_imported_by_tests_only() -> None:
         ("fastapi", {"proxy/app.py", "proxy/control.py", "proxy/control_*.py", "replay/simulator/server.py"}),
         ("uvicorn", {"proxy/app.py", "proxy/control.py", "replay/simulator/server.py", "replay/simulator/__main__.py"}),
         ("typer", {"proxy/cli.py", "proxy/commands/*"}),
+        ("redis", {"proxy/shared_limits.py"}),
         ("tokenizers", {"replay/tokenizer.py"}),
         ("ray", {"replay/ray_senders.py"}),
         ("yaml", {"proxy/settings.py"}),
@@ -135,7 +136,8 @@ def test_room_keeps_out(room: str, systems: set[str]) -> None:
 PURE = ["wire/sse.py", "wire/openai.py", "wire/shapes.py", "wire/accounting.py", "wire/latency.py", "wire/http1.py",
         "traces/record.py", "traces/batch.py", "storage/frame.py", "storage/entries.py",
         "proxy/balance.py", "proxy/request_head.py", "proxy/answer_head.py", "proxy/estimates.py",
-        "proxy/errors.py", "replay/timeline.py", "replay/verdict.py"]  # fmt: skip
+        "proxy/errors.py", "proxy/shaping.py", "proxy/pacing.py", "replay/timeline.py",
+        "replay/verdict.py"]  # fmt: skip
 
 
 @pytest.mark.parametrize("file", PURE)
@@ -182,6 +184,7 @@ def test_every_folder_is_a_package() -> None:
                 "httpx",
                 "opentelemetry.sdk",
             },
+            {"sqlalchemy", "polars", "alembic", "numpy", "psycopg", "sqlite3", "typer", "rich", "httpx", "redis"},
         ),
         ("proxy.supervisor", {"sqlalchemy", "polars", "alembic", "numpy", "psycopg", "fastapi", "uvicorn"}),
         ("proxy.record", {"fastapi", "uvicorn", "polars"}),
