@@ -25,6 +25,7 @@ from fastapi import FastAPI
 
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.exchange import Gateway, Journal, uuid7
+from proxy.fault_lease import follow_leases
 from proxy.server import ClientConnection
 from proxy.sessions import SessionTable, load_secret
 from proxy.settings import Settings
@@ -97,6 +98,7 @@ def build_app(settings: Settings) -> GatewayApp:
         app.loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as tasks, gateway.fleet:
             chores = [tasks.create_task(_maintain(gateway)), tasks.create_task(gateway.watch.run())]
+            chores.append(tasks.create_task(follow_leases(gateway)))
             yield
             for chore in chores:
                 chore.cancel()

@@ -22,6 +22,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from proxy.child import ChildTask, run_child, watch_parent
+from proxy.control_injection import injection_router
 from proxy.doctor import Check, balance_of, diagnose
 from proxy.settings import Settings, show_value
 from proxy.telemetry import sum_counters, worker_metrics
@@ -100,8 +101,11 @@ class Status(msgspec.Struct, frozen=True):
     uptime_s: float
 
 
-def build_control(settings: Settings) -> FastAPI:
-    """The control plane's application. New settings go to its `state.settings`."""
+def build_control(settings: Settings, gateway_url: str = "") -> FastAPI:
+    """The control plane's application. New settings go to its `state.settings`.
+
+    gateway_url: where the workers listen; empty is host and port of the settings.
+    """
     balances = _Balances(settings)
     registry = CollectorRegistry()
     registry.register(_Metrics(settings, balances))
@@ -123,6 +127,7 @@ def build_control(settings: Settings) -> FastAPI:
     )
 
     app.state.settings = settings
+    app.include_router(injection_router(lambda: app.state.settings, gateway_url))
 
     def as_json(value: object) -> Response:
         return Response(msgspec.json.encode(value), media_type="application/json")
@@ -170,7 +175,7 @@ def build_control(settings: Settings) -> FastAPI:
 
 def run_control(task: ChildTask) -> None:
     """Serve until told to stop."""
-    app = build_control(task.settings)
+    app = build_control(task.settings, task.gateway_url)
     config = uvicorn.Config(
         app,
         log_config=None,

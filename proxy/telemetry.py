@@ -41,6 +41,10 @@ WORKER_COUNTERS = (
     *(f"outcome_{outcome.value}" for outcome in Outcome),
     *_histogram_names("ttft", TTFT_BUCKETS_S),
     *_histogram_names("e2e", E2E_BUCKETS_S),
+    "faults",
+    "live_ended",
+    "live_failed",
+    *_histogram_names("live_ttft", TTFT_BUCKETS_S),
 )
 """The slots behind the journal's own, in order. in_flight is a gauge; the rest only grow."""
 
@@ -57,6 +61,13 @@ _TTFT = _SLOT[f"ttft_le_{TTFT_BUCKETS_S[0]:g}"]
 _TTFT_SUM = _SLOT["ttft_sum_us"]
 _E2E = _SLOT[f"e2e_le_{E2E_BUCKETS_S[0]:g}"]
 _E2E_SUM = _SLOT["e2e_sum_us"]
+_FAULTS = _SLOT["faults"]
+_LIVE_ENDED = _SLOT["live_ended"]
+_LIVE_FAILED = _SLOT["live_failed"]
+_LIVE_TTFT = _SLOT[f"live_ttft_le_{TTFT_BUCKETS_S[0]:g}"]
+_LIVE_TTFT_SUM = _SLOT["live_ttft_sum_us"]
+# What a client has done wrong says nothing about how it is served.
+_WELL_SERVED = frozenset({Outcome.OK.value, Outcome.INVALID_REQUEST.value})
 
 
 class WorkerMetrics:
@@ -93,6 +104,20 @@ class WorkerMetrics:
             slots[_TTFT_SUM] += int(ttft_s * 1e6)
         slots[_E2E + bisect_left(E2E_BUCKETS_S, e2e_s)] += 1
         slots[_E2E_SUM] += int(e2e_s * 1e6)
+
+    def live_ended(self, outcome: Outcome, ttft_s: float | None) -> None:
+        """It was a client's own: what the guard rails of an injection look at."""
+        slots = self._slots
+        slots[_LIVE_ENDED] += 1
+        if outcome._value_ not in _WELL_SERVED:
+            slots[_LIVE_FAILED] += 1
+        if ttft_s is not None:
+            slots[_LIVE_TTFT + bisect_left(TTFT_BUCKETS_S, ttft_s)] += 1
+            slots[_LIVE_TTFT_SUM] += int(ttft_s * 1e6)
+
+    def fault(self) -> None:
+        """A fault was injected."""
+        self._slots[_FAULTS] += 1
 
     def left(self) -> None:
         """The request is over for the gateway."""
@@ -174,6 +199,7 @@ def worker_metrics(values: Mapping[str, int]) -> Iterator[Metric]:
         "burstgate_accounting_errors", "Answers passed on that could not be accounted for.", get("accounting_errors")
     )
     yield CounterMetricFamily("burstgate_upstream_retries", "Requests sent to another upstream.", get("retries"))
+    yield CounterMetricFamily("burstgate_injected_faults", "Faults injected into clients' requests.", get("faults"))
     yield CounterMetricFamily("burstgate_journal_bytes", "Bytes appended to the journal.", get("journal_bytes"))
     yield GaugeMetricFamily("burstgate_requests_in_flight", "Requests in the gateway now.", get("in_flight"))
     yield GaugeMetricFamily(

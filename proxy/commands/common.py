@@ -144,9 +144,9 @@ def selection_of(
     start: float | None,
     end: float | None,
 ) -> Any:
-    """The rows that the flags ask for. Raises ConfigError."""
+    """The rows that the flags ask for; the gateway's own only by their origin or run. Raises ConfigError."""
     from storage.query import Filter
-    from traces.record import Origin, Outcome
+    from traces.record import OWN_ORIGINS, Origin, Outcome
 
     return Filter(
         start_s=start,
@@ -157,6 +157,7 @@ def selection_of(
         origins=one_of(origins, {each.value: each.value for each in Origin}, "--origin"),
         log_types=one_of(log_types, LOG_TYPES, "--log-type"),
         run_ids=tuple(run_ids or ()),
+        without_origins=() if origins or run_ids else OWN_ORIGINS,
     )
 
 
@@ -229,6 +230,8 @@ def matching_rows(
     database: tuple[Path | None, Path | None, str | None],
 ) -> Iterator[Iterator[Any]]:
     """The batches of a trace file, or of the database of (config, data_dir, database_url), that match."""
+    import dataclasses
+
     from storage.query import matching, read_batches
     from traces.codec import read_trace
     from traces.table import READS
@@ -236,7 +239,8 @@ def matching_rows(
     if trace is not None:
         clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone or "UTC")
         batches = read_trace(trace, format=format, clock=clock, fields=(*READS, "run_id"))
-        yield (matching(batch, selection) for batch in batches)
+        asked = dataclasses.replace(selection, without_origins=())  # who names a file asks for what is in it
+        yield (matching(batch, asked) for batch in batches)
         return
     with open_database(*database) as engine:
         yield read_batches(engine, selection)
