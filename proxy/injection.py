@@ -31,7 +31,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -341,10 +341,11 @@ def _only_one(data_dir: Path) -> Iterator[None]:
 
 
 class Injector:
-    """One injection, from its start to its one end."""
+    """One injection, from its start to its one end. say: takes each status on the way."""
 
-    def __init__(self, task: Task, settings: Settings) -> None:
+    def __init__(self, task: Task, settings: Settings, say: Callable[[Status], None]) -> None:
         self._task = task
+        self._say = say
         self._settings = settings
         self._limits = settings.injection
         self._stop: Stop
@@ -352,12 +353,16 @@ class Injector:
         self._progress: Progress | None = None
         self._readings: Readings | None = None
         self._started_at: float | None = None
-        self._loop: asyncio.AbstractEventLoop
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """None before it runs."""
         self._is_over = asyncio.Event()
         self.summary: Any = None
 
     def stop(self, reason: str, state: State = "stopped") -> None:
         """End it now; the first reason counts. From any thread."""
+        if self._loop is None:
+            self._end = self._end or (state, reason)
+            return
         with contextlib.suppress(RuntimeError):  # it has just ended by itself
             self._loop.call_soon_threadsafe(self._stop_now, state, reason)
 
@@ -403,9 +408,9 @@ class Injector:
 
         self._loop = asyncio.get_running_loop()
         self._stop = Stop()
-        threading.Thread(target=self._obey, daemon=True, name="obey").start()
-        signal.signal(signal.SIGTERM, lambda *_: self.stop("stopped by a signal"))
         self._started_at = time.time()
+        if self._end is not None:
+            return
         guarding = asyncio.create_task(self._guard())
         try:
             await self._carry_out()
@@ -438,7 +443,7 @@ class Injector:
 
     def _note(self, progress: Progress) -> None:
         self._progress = progress
-        say(self.status())
+        self._say(self.status())
 
     async def _guard(self) -> None:
         """Check the guard rails every CHECK_S, and keep the faults up as long as they hold."""
@@ -469,15 +474,15 @@ class Injector:
                     return
                 if faults is not None:
                     renew_lease(settings.data_dir, self._task.run_id, faults)
-                say(self.status())
+                self._say(self.status())
         except OSError as error:
             self._stop_now("failed", f"the guard rails can not be looked at: {error.strerror}")
         finally:
             if faults is not None:
                 end_lease(settings.data_dir)
 
-    def _obey(self) -> None:
-        """Stop at a line on standard input, which says who asks, or at its end."""
+    def obey(self) -> None:
+        """Stop at a line on standard input, which says who asks, or at its end. For a thread."""
         said = b""
         while (data := os.read(0, 4096)) and b"\n" not in data:
             said += data
@@ -534,7 +539,9 @@ def main() -> int:
         with _only_one(settings.data_dir):
             plan = msgspec.to_builtins(task.plan)
             append_audit(settings.data_dir, task.actor, "injection.start", {"run_id": task.run_id, "plan": plan})
-            injector = Injector(task, settings)
+            injector = Injector(task, settings, say)
+            signal.signal(signal.SIGTERM, lambda *_: injector.stop("stopped by a signal"))
+            threading.Thread(target=injector.obey, daemon=True, name="obey").start()
             with asyncio.Runner(loop_factory=fast_loop()) as runner:
                 runner.run(injector.run())
             status = injector.ended()

@@ -212,6 +212,13 @@ def worker_metrics(values: Mapping[str, int]) -> Iterator[Metric]:
         TTFT_BUCKETS_S,
         values,
     )
+    yield CounterMetricFamily(
+        "burstgate_live_requests", "Clients' own requests ended: the guard rails' view.", get("live_ended")
+    )
+    yield CounterMetricFamily(
+        "burstgate_live_failures", "Those that failed, but for wrong requests.", get("live_failed")
+    )
+    yield _histogram("burstgate_live_time_to_first_token_seconds", "Theirs.", "live_ttft", TTFT_BUCKETS_S, values)
     yield _histogram(
         "burstgate_request_duration_seconds", "Submission to last byte, all outcomes.", "e2e", E2E_BUCKETS_S, values
     )
