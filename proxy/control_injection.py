@@ -59,13 +59,15 @@ class _Run:
 
     @property
     def is_over(self) -> bool:
-        """Its process has ended, and what it said last is known."""
-        return not self._reader.is_alive()
+        """It sends nothing any more, nor do its faults hold."""
+        return self.status.is_over
 
     def stop(self, actor: str) -> None:
         """Tell it to end; wait until it has, and kill it after STOP_S."""
         self._write(f"{actor}\n".encode())
-        self._reader.join(STOP_S)
+        deadline_s = time.monotonic() + STOP_S
+        while not self.is_over and time.monotonic() < deadline_s:
+            time.sleep(0.01)
         if not self.is_over:
             self._process.kill()
             self._reader.join(STOP_S)

@@ -550,8 +550,8 @@ def main() -> int:
                 "ok": status.ok, "failed": status.failed, "readings": status.readings,
             }  # fmt: skip
             append_audit(settings.data_dir, task.actor, "injection.end", ended)
-            _keep(task, settings, status, injector.summary)
-            say(status)
+        say(status)  # the next one may begin
+        _keep(task, settings, status, injector.summary)
     except (ConfigError, OSError) as error:
         now_s = datetime.datetime.now(datetime.UTC).timestamp()
         say(Status(task.run_id, task.actor, task.plan, "failed", str(error), ended_at=now_s))
