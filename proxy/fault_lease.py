@@ -14,11 +14,14 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from proxy.exchange import Gateway
 from proxy.faults import FaultPlan, Faults, Lease
+
+if TYPE_CHECKING:
+    from proxy.exchange import Gateway
 
 log = logging.getLogger("burstgate.gateway")
 
