@@ -28,6 +28,7 @@ from fastapi import FastAPI
 
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.exchange import Gateway, Journal, uuid7
+from proxy.fault_lease import follow_leases
 from proxy.logs import configure_logging
 from proxy.server import ClientConnection
 from proxy.sessions import SessionTable, load_secret
@@ -112,6 +113,7 @@ def build_app(settings: Settings) -> GatewayApp:
                 tasks.create_task(_report(gateway, app.changed)),
                 tasks.create_task(gateway.shaping.run()),
             ]
+            chores.append(tasks.create_task(follow_leases(gateway)))
             yield
             for chore in chores:
                 chore.cancel()

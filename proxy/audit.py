@@ -1,53 +1,54 @@
-"""Who did what to the gateway, and when: one line of JSON each in `data_dir/audit.jsonl`, only appended."""
+"""Who did what to a running installation, and when: lines appended to `audit.jsonl` in the data directory.
+
+One JSON object a line: `at` (ISO 8601, UTC), `actor`, `action`, `detail`. A line is one write to a file opened for
+appending and is synced before the action goes on; lines of several processes do not mix. Nothing is ever changed or
+removed here. The file is the owner's alone (0600). No secret, prompt or answer goes into it.
+"""
 
 from __future__ import annotations
 
+import datetime
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+_NAME = "audit.jsonl"
+
 
 class AuditEntry(msgspec.Struct, frozen=True):
-    """One act."""
+    """One action."""
 
-    at: float
-    """Epoch seconds."""
+    at: datetime.datetime
     actor: str
     action: str
-    """As `config.apply` or `injection.start`."""
+    """As `injection.start`."""
     detail: dict[str, Any]
-    """Without secrets, prompts and answers."""
 
 
 def append_audit(data_dir: Path, actor: str, action: str, detail: Mapping[str, Any]) -> None:
-    """Add a line, whole or not at all. Raises OSError."""
-    line = msgspec.json.encode(AuditEntry(time.time(), actor, action, dict(detail))) + b"\n"
-    descriptor = os.open(data_dir / "audit.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    """Add a line. Raises OSError."""
+    entry = AuditEntry(datetime.datetime.now(datetime.UTC), actor, action, dict(detail))
+    descriptor = os.open(data_dir / _NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
-        os.write(descriptor, line)
+        os.write(descriptor, msgspec.json.encode(entry) + b"\n")
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def read_audit(data_dir: Path, limit: int = 100) -> list[AuditEntry]:
-    """The newest entries, newest first; lines that are none are left out. Raises OSError."""
+def read_audit(data_dir: Path) -> Iterator[AuditEntry]:
+    """The entries, oldest first; what a power cut left of a line is passed over. Raises OSError."""
+    decoder = msgspec.json.Decoder(AuditEntry)
     try:
-        with (data_dir / "audit.jsonl").open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - limit * 4096))
-            lines = stream.read().splitlines()
+        file = (data_dir / _NAME).open("rb")
     except FileNotFoundError:
-        return []
-    entries = []
-    for line in reversed(lines):
-        try:
-            entries.append(msgspec.json.decode(line, type=AuditEntry))
-        except msgspec.DecodeError:
-            continue
-        if len(entries) == limit:
-            break
-    return entries
+        return
+    with file:
+        for line in file:
+            try:
+                yield decoder.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                continue

@@ -35,6 +35,8 @@ class ChildTask:
     """A pipe on which it says that it is ready; -1 when nobody waits."""
     more_socket_fds: tuple[int, ...] = ()
     """Further listening sockets of the same address, when there are more sockets than workers."""
+    gateway_url: str = ""
+    """Of a control plane: where the workers listen."""
 
     @property
     def socket_fds(self) -> tuple[int, ...]:
@@ -66,6 +68,7 @@ def encode_task(task: ChildTask) -> bytes:
         "socket_fd": task.socket_fd,
         "ready_fd": task.ready_fd,
         "more_socket_fds": task.more_socket_fds,
+        "gateway_url": task.gateway_url,
     }
     return json.dumps(fields).encode() + b"\n"
 
@@ -94,6 +97,7 @@ def read_task(name: str) -> ChildTask:
         fields["socket_fd"],
         fields["ready_fd"],
         tuple(fields["more_socket_fds"]),
+        fields["gateway_url"],
     )
 
 

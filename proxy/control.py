@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from starlette.exceptions import HTTPException
 from proxy.audit import append_audit, read_audit
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.control_config import Steering, config_router
+from proxy.control_injection import injection_router
 from proxy.control_traces import Reader, traces_router
 from proxy.doctor import Check, balance_of, diagnose
 from proxy.logs import configure_logging
@@ -194,10 +196,11 @@ def _say_invalid(_: Request, error: Exception) -> Response:
     return _error(422, f"{place}: {first['msg']}")
 
 
-def build_control(settings: Settings, reload: Callable[[], None] | None = None) -> FastAPI:
+def build_control(settings: Settings, reload: Callable[[], None] | None = None, gateway_url: str = "") -> FastAPI:
     """The control plane's application. New settings go to its `state.settings`.
 
-    reload: asks the supervisor to load its configuration again; None where there is none.
+    reload: asks the supervisor to load its configuration again; None where there is none. gateway_url: where the
+    workers listen; empty is host and port of the settings.
     """
     balances = _Balances(settings)
     registry = CollectorRegistry()
@@ -239,6 +242,7 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None) 
     app.include_router(traces_router(reader))
     app.include_router(config_router(Steering(current, reload, audit), _actor))
     app.state.export = source.export
+    app.include_router(injection_router(lambda: app.state.settings, gateway_url))
 
     def as_json(value: object) -> Response:
         return Response(msgspec.json.encode(value), media_type="application/json")
@@ -284,7 +288,8 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None) 
 
     @app.get("/api/v1/audit", summary="Who did what, newest first")
     def audit_trail(limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Response:
-        return as_json(read_audit(current().data_dir, limit))
+        newest = deque(read_audit(current().data_dir), maxlen=limit)
+        return as_json(list(reversed(newest)))
 
     return app
 
@@ -297,7 +302,7 @@ def run_control(task: ChildTask) -> None:
         if os.getppid() == supervisor:  # else it has gone, and this process is about to
             os.kill(supervisor, signal.SIGHUP)
 
-    app = build_control(task.settings, reload_configuration)
+    app = build_control(task.settings, reload_configuration, task.gateway_url)
     config = uvicorn.Config(
         app,
         log_config=None,

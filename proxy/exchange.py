@@ -22,11 +22,12 @@ from urllib.parse import unquote_to_bytes
 from proxy.answer_head import AnswerHead
 from proxy.errors import GatewayError, error_body
 from proxy.estimates import Estimates
+from proxy.faults import FAULT_STATUSES, Faults
 from proxy.logs import FailureLog
 from proxy.prefix import prefix_blocks, prompt_of
 from proxy.request_head import LOG_TYPES, RequestHead, clean, countable
 from proxy.server import ClientConnection, Incoming
-from proxy.sessions import ConversationKeys, SessionTable, conversation_keys, response_key
+from proxy.sessions import ConversationKeys, SessionTable, conversation_keys, injection_token, response_key
 from proxy.settings import Settings, TelemetrySettings
 from proxy.shaper import Shaper
 from proxy.shaping import Ticket
@@ -37,7 +38,7 @@ from proxy.upstream import Fleet, Selection, Upstream
 from proxy.watch import Timers, Watch
 from storage.entries import Begun
 from storage.journal import JournalWriter, NotRecording, Unrecorded
-from traces.record import LogType, Outcome, TokenSource, TraceRecord
+from traces.record import LogType, Origin, Outcome, TokenSource, TraceRecord
 from wire import latency
 from wire.accounting import Account, Accounted, NoAccount, StreamAccount, UnaryAccount
 from wire.http import ConnectFailed, ConnectTimedOut, Exchange
@@ -60,6 +61,7 @@ _OPERATIONS = {family.value: family.value for family in Family} | {
     "completions": "text_completion", "responses": "chat", "messages": "chat",
 }  # fmt: skip
 """OpenTelemetry's words for the families (`gen_ai.operation.name`); where it has none, ours."""
+INJECTED_FAULT = "injected_fault"
 
 
 def uuid7(wall_s: float, draw: Callable[[int], int] = random.getrandbits) -> str:
@@ -109,6 +111,9 @@ class Gateway:
         self.sessions = sessions
         self.secret = secret
         self.estimates = Estimates()
+        self.injection_token = injection_token(secret)
+        self.faults: Faults | None = None
+        """What an active fault run asks for; None nearly always."""
         self.last_answer = AnswerHead([], 0, bytes)
         """Of the last answer: an upstream repeats itself."""
         self.connections: set[ClientConnection] = set()
@@ -181,7 +186,7 @@ class Gateway:
 
     def read_head(self, headers: Headers) -> RequestHead:
         """What a request's headers say."""
-        return RequestHead(headers, self.session_header, self.log_type_header, self.tenant_header)
+        return RequestHead(headers, self.session_header, self.log_type_header, self.tenant_header, self.injection_token)
 
     def incoming(self, connection: ClientConnection, method: bytes, target: bytes, head: RequestHead) -> Request:
         """A request begins."""
@@ -207,7 +212,7 @@ class Request(Incoming):
 
     __slots__ = ("_body", "_comment_ns", "_has_sent", "_is_event_stream", "_is_prepared", "_is_sized", "_lines",
                  "_parts", "_ready_ns", "_size", "_task", "_upload", "account", "answered", "begun", "body_bytes",
-                 "client_gone", "endpoint", "error", "exchange", "facts", "family", "gateway", "is_over",
+                 "client_gone", "endpoint", "error", "exchange", "facts", "family", "fault", "gateway", "is_over",
                  "is_recorded", "keys", "log_type", "model", "path", "prefix", "received_at", "request_id",
                  "selection", "sends_usage", "session", "shown_id", "start_ns", "status", "tenant", "ticket",
                  "timed_out", "trace", "upstream")  # fmt: skip
@@ -247,6 +252,8 @@ class Request(Incoming):
         self.client_gone = False
         self.timed_out: str | None = None
         self.error: GatewayError | None = None
+        self.fault: str | None = None
+        """The injected one, once it has been drawn."""
         self.exchange: Exchange | None = None
         self.selection: Selection | None = None
         self.upstream: Upstream | None = None
@@ -401,6 +408,8 @@ class Request(Incoming):
             return
         try:
             self._admit(body)
+            if self.gateway.faults is not None and self._fail_on_purpose(self.gateway.faults, body):
+                return
             if self.method == b"GET" and self.path == "/v1/models" and not self.gateway.fleet.is_plain:
                 self._task = self.gateway.spawn(self._list_models())
             else:
@@ -408,6 +417,39 @@ class Request(Incoming):
                 if self.gateway.shaper is None or self._may_go(self.gateway.shaper):
                     self._forward()
         except Exception:  # noqa: BLE001 (the last line of defence: one request's defect is not the worker's end)
+            self._defect()
+
+    def _fail_on_purpose(self, faults: Faults, body: bytes) -> bool:
+        """Draw a fault; whether the request goes no further for now."""
+        if self.head.origin is Origin.INJECTED:
+            return False
+        self.fault = fault = faults.draw(self.model, self.tenant, self.log_type)
+        if fault is None:
+            return False
+        self.gateway.metrics.fault()
+        if fault == "stall":
+            self._body = body
+            self._task = self.gateway.spawn(self._stall(faults.stall_s))
+            return True
+        if fault == "truncate":  # see `_relay`
+            return False
+        self.error = error = GatewayError(FAULT_STATUSES.get(fault, 502), INJECTED_FAULT, f"injected fault: {fault}")
+        if fault == "reset":
+            self._finish(Outcome.UPSTREAM_ERROR)
+            self._over()
+            self.connection.reset()
+            return True
+        self.status = error.status
+        self._finish(Outcome.REJECTED if error.status == 429 else Outcome.UPSTREAM_ERROR)
+        self._answer(error.status, error_body(error))
+        return True
+
+    async def _stall(self, stall_s: float) -> None:
+        await asyncio.sleep(stall_s)
+        self._task = None
+        try:
+            self._forward()
+        except Exception:  # noqa: BLE001 (see `_whole`)
             self._defect()
 
     def _begin_upload(self) -> None:
@@ -800,6 +842,11 @@ class Request(Incoming):
         data = exchange.take()
         if data:
             data = self._fed(exchange, data)
+            if self.fault == "truncate":
+                part = data[: max(1, len(data) // 2)] if exchange.is_complete else data
+                error = GatewayError(502, INJECTED_FAULT, "injected fault: truncate")
+                self._break_off(part, error, Outcome.TRUNCATED)
+                return
         if exchange.is_complete:
             rest = self._ended(exchange)
             self._finish(self._outcome())
@@ -974,6 +1021,8 @@ class Request(Incoming):
             trace.ended(record, self.method, operation, self.start_ns)
         if self.gateway.failure_log is not None and outcome is not Outcome.OK:
             self.gateway.failure_log.ended(record)
+        if self.head.origin is Origin.CLIENT and self.fault is None:
+            self.gateway.metrics.live_ended(outcome, record.ttft_s)
 
     def _settle(self, ticket: Ticket, outcome: Outcome, record: TraceRecord, now_ns: int) -> None:
         """Tell the shaper what became of the request."""
@@ -1022,7 +1071,8 @@ class Request(Incoming):
             client_request_id=head.client_request_id,
             served_model=clean(done.served_model),
             status=self.status,
-            error_type=clean(done.error_type) or (self.error.type if self.error is not None else None),
+            error_type=clean(done.error_type)
+            or (self.error.type if self.error is not None else INJECTED_FAULT if self.fault == "stall" else None),
             ttft_s=latency.ttft_s(sent_ns, done.first_chunk_ns),
             tpot_s=latency.tpot_s(done.first_chunk_ns, done.last_chunk_ns, response_tokens),
             queue_s=queue_s,

@@ -67,6 +67,7 @@ class Child:
     settings: Settings
     """What the process has been told; what the next one will be."""
     sockets: tuple[socket.socket, ...] = ()
+    gateway_url: str = ""
     process: Process | None = None
     stdin_fd: int = -1
     ready_fd: int = -1
@@ -101,7 +102,8 @@ class Child:
         self.started_s = time.monotonic()
         self.is_ready = False
         self.kill_at_s = None
-        if not self._write(encode_task(ChildTask(self.settings, fds[0], write_fd, tuple(fds[1:]))), TASK_TIMEOUT_S):
+        task = ChildTask(self.settings, fds[0], write_fd, tuple(fds[1:]), self.gateway_url)
+        if not self._write(encode_task(task), TASK_TIMEOUT_S):
             process.kill()  # half a task is none
 
     def look(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hmac import compare_digest
+
 from traces.record import LogType, Origin
 from wire.http1 import Headers, encode_lines
 
@@ -43,12 +45,21 @@ class RequestHead:
     """What the headers say: those to send on, and what the gateway itself needs. Shared by requests with equal ones."""
 
     __slots__ = ("client_request_id", "content_type", "expects_continue", "forward", "host", "hosts", "is_chunked",
-                 "lines", "log_type", "origin", "request_id", "run_id", "session", "size", "tenant")  # fmt: skip
+                 "lines", "log_type", "origin", "request_id", "run_id", "session", "size", "tenant",
+                 "token")  # fmt: skip
 
     def __init__(
-        self, headers: Headers, session_header: bytes, log_type_header: bytes, tenant_header: bytes = b""
+        self,
+        headers: Headers,
+        session_header: bytes,
+        log_type_header: bytes,
+        tenant_header: bytes = b"",
+        injection_token: bytes = b"",
     ) -> None:
-        """headers: names as sent, without Content-Length. tenant_header: empty for none."""
+        """headers: names as sent, without Content-Length. tenant_header: empty for none.
+
+        injection_token: what an injector must show; empty: none.
+        """
         self.forward: Headers = []
         self.size = sum([len(name) + len(value) + 4 for name, value in headers])
         """Bytes of all headers, with their separators."""
@@ -67,6 +78,8 @@ class RequestHead:
         self.log_type: LogType | None = None
         self.origin = Origin.CLIENT
         self.run_id: str | None = None
+        self.token: bytes | None = None
+        """Of one that says it is an injector."""
         named: frozenset[bytes] = frozenset()
         for name, value in headers:
             lower = name.lower()
@@ -99,6 +112,8 @@ class RequestHead:
                 self._control(lower, value)
                 continue
             self.forward.append((name, value))
+        if self.token and injection_token and compare_digest(self.token, injection_token):
+            self.origin = Origin.INJECTED
         if named:
             self.forward = [header for header in self.forward if header[0].lower() not in named]
         self.lines = encode_lines(self.forward) + _VIA
@@ -109,3 +124,5 @@ class RequestHead:
             self.origin = Origin.REPLAY
         elif name == b"x-burstgate-run-id":
             self.run_id = clean(value.decode("latin-1"))
+        elif name == b"x-burstgate-injection":
+            self.token = value

@@ -572,11 +572,18 @@ class ClientConnection:
             return
         self.flush()
         if self._is_open_ended:  # only a reset tells an end from the end
+            self.reset()
+        else:
+            self.transport.close()
+
+    def reset(self) -> None:
+        """End the connection as a crash does, by a reset; what was not sent is lost."""
+        self.current = None
+        self._ends = True
+        if not self.is_gone:
             linger = struct.pack("ii", 1, 0)
             self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.transport.abort()
-        else:
-            self.transport.close()
 
     def interim(self, status: int, headers: Headers) -> None:
         """An interim answer (RFC 9110, section 15.2), to those who know of them."""

@@ -208,6 +208,11 @@ def load_secret(data_dir: Path) -> bytes:
     return secret
 
 
+def injection_token(secret: bytes) -> bytes:
+    """What the gateway's own injector shows with a request, so that no client can pass for it: 32 hex digits."""
+    return hashlib.blake2b(b"injection", key=secret, digest_size=16).hexdigest().encode()
+
+
 def _holds(path: Path, header: bytes, size: int) -> bool:
     try:
         with path.open("rb") as file:

@@ -149,6 +149,38 @@ class RetrySettings(_Frozen):
         return _split_text(value)
 
 
+class InjectionSettings(_Frozen):
+    """Bursts and faults that the gateway injects, and their guard rails."""
+
+    allowed: bool = Field(False, description="false: every injection is refused")
+    max_rate_rps: float = Field(
+        100.0, gt=0, le=1e6, description="injected requests in any second; a plan that would pass it ends before"
+    )
+    max_share: float = Field(
+        1.0, gt=0, le=1, description="injected requests of all those of the last 10 s, or faults of all; 1: any share"
+    )
+    max_tokens: int = Field(10_000_000, ge=1, description="prompt and answer tokens that one injection may ask for")
+    max_duration_s: float = Field(600.0, gt=0, le=86_400, description="seconds that one injection may take")
+    stop_failure_rate: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="clients' failures of the last 10 s, as a share, beyond which it is stopped; 1: never",
+    )
+    stop_ttft_p95_s: float = Field(
+        5.0,
+        ge=0,
+        description="clients' time to first token (p95 of the last 10 s) beyond which it is stopped; 0: never",
+    )
+    target: str | None = Field(None, description="where the injector reaches the gateway; default: its own address")
+    api_key_env: str | None = Field(
+        None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="environment variable with the API key that it sends"
+    )
+    trace_dir: Path | None = Field(
+        None, description="folder in which the files lie that plans may name; default: any that burstgate can read"
+    )
+
+
 class ResponseHeaderSettings(_Frozen):
     """What the gateway adds to its answers."""
 
@@ -462,6 +494,7 @@ class Settings(_Frozen):
     response_headers: ResponseHeaderSettings = ResponseHeaderSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     log: LogSettings = LogSettings()
+    injection: InjectionSettings = InjectionSettings()
 
     @field_validator("upstreams", mode="before")
     @classmethod

@@ -159,7 +159,8 @@ class Supervisor:
         ]
 
     def _new_control(self) -> Child:
-        return Child("control plane", "proxy.control", self._settings, tuple(self._control_sockets))
+        url = _url(self._gateways[0])
+        return Child("control plane", "proxy.control", self._settings, tuple(self._control_sockets), gateway_url=url)
 
     def _children(self) -> list[Child]:
         return [self._recorder, *([self._control] if self._control is not None else []), *self._workers]

@@ -89,6 +89,10 @@ WORKER_COUNTERS = (
     "shaping_rejected",
     "shaping_fallbacks",
     *_histogram_names("shaping_wait", WAIT_BUCKETS_S),
+    "faults",
+    "live_ended",
+    "live_failed",
+    *_histogram_names("live_ttft", TTFT_BUCKETS_S),
     *SERIES_BLOCKS,
 )
 """The slots behind the journal's own, in order. Those in `GAUGES` are gauges; the rest only grow. Blocks come last."""
@@ -115,6 +119,13 @@ _REJECTED = _SLOT["shaping_rejected"]
 _FALLBACKS = _SLOT["shaping_fallbacks"]
 _WAIT = _SLOT[f"shaping_wait_le_{WAIT_BUCKETS_S[0]:g}"]
 _WAIT_SUM = _SLOT["shaping_wait_sum_us"]
+_FAULTS = _SLOT["faults"]
+_LIVE_ENDED = _SLOT["live_ended"]
+_LIVE_FAILED = _SLOT["live_failed"]
+_LIVE_TTFT = _SLOT[f"live_ttft_le_{TTFT_BUCKETS_S[0]:g}"]
+_LIVE_TTFT_SUM = _SLOT["live_ttft_sum_us"]
+# What a client has done wrong says nothing about how it is served.
+_WELL_SERVED = frozenset({Outcome.OK.value, Outcome.INVALID_REQUEST.value})
 
 
 class WorkerMetrics:
@@ -172,6 +183,20 @@ class WorkerMetrics:
     def spans_sent(self, count: int, *, is_taken: bool) -> None:
         """The collector has taken them, or they are lost. Only the exporter's thread calls this."""
         self._slots[_SPANS_EXPORTED if is_taken else _SPANS_DROPPED_EXPORT] += count
+
+    def live_ended(self, outcome: Outcome, ttft_s: float | None) -> None:
+        """It was a client's own: what the guard rails of an injection look at."""
+        slots = self._slots
+        slots[_LIVE_ENDED] += 1
+        if outcome._value_ not in _WELL_SERVED:
+            slots[_LIVE_FAILED] += 1
+        if ttft_s is not None:
+            slots[_LIVE_TTFT + bisect_left(TTFT_BUCKETS_S, ttft_s)] += 1
+            slots[_LIVE_TTFT_SUM] += int(ttft_s * 1e6)
+
+    def fault(self) -> None:
+        """A fault was injected."""
+        self._slots[_FAULTS] += 1
 
     def left(self) -> None:
         """The request is over for the gateway."""
@@ -360,6 +385,7 @@ def worker_metrics(values: Mapping[str, int], examples: Mapping[int, Example] | 
         "burstgate_accounting_errors", "Answers passed on that could not be accounted for.", get("accounting_errors")
     )
     yield CounterMetricFamily("burstgate_upstream_retries", "Requests sent to another upstream.", get("retries"))
+    yield CounterMetricFamily("burstgate_injected_faults", "Faults injected into clients' requests.", get("faults"))
     yield CounterMetricFamily("burstgate_journal_bytes", "Bytes appended to the journal.", get("journal_bytes"))
     yield GaugeMetricFamily("burstgate_requests_in_flight", "Requests in the gateway now.", get("in_flight"))
     yield GaugeMetricFamily(
@@ -373,6 +399,13 @@ def worker_metrics(values: Mapping[str, int], examples: Mapping[int, Example] | 
         values,
         of_ttft,
     )
+    yield CounterMetricFamily(
+        "burstgate_live_requests", "Clients' own requests ended: the guard rails' view.", get("live_ended")
+    )
+    yield CounterMetricFamily(
+        "burstgate_live_failures", "Those that failed, but for wrong requests.", get("live_failed")
+    )
+    yield _histogram("burstgate_live_time_to_first_token_seconds", "Theirs.", "live_ttft", TTFT_BUCKETS_S, values)
     yield _histogram(
         "burstgate_request_duration_seconds",
         "Submission to last byte, all outcomes.",

@@ -95,12 +95,26 @@ def header_value(text: str) -> bytes:
     return quote(text, safe=_VISIBLE, errors="replace").strip().encode()
 
 
-def request_headers(row: Planned, run_id: str, api_key: str | None, extra: Headers | None = None) -> Headers:
+def origin_headers(injection_token: bytes | None) -> Headers:
+    """What tells a gateway that no client of its own asks: a replay, or its own injector with its token."""
+    if injection_token is None:
+        return [(b"x-burstgate-origin", Origin.REPLAY.encode())]
+    return [(b"x-burstgate-origin", Origin.INJECTED.encode()), (b"x-burstgate-injection", injection_token)]
+
+
+def request_headers(
+    row: Planned,
+    run_id: str,
+    api_key: str | None,
+    extra: Headers | None = None,
+    *,
+    injection_token: bytes | None = None,
+) -> Headers:
     """The headers of a row's request, but for Content-Length. extra: the user's own."""
     headers = [
         (b"content-type", b"application/json"),
         (b"x-request-id", f"{run_id}-{row.index}".encode()),
-        (b"x-burstgate-origin", Origin.REPLAY.encode()),
+        *origin_headers(injection_token),
         (b"x-burstgate-run-id", run_id.encode()),
         (b"x-burstgate-log-type", header_value(row.log_type)),
     ]

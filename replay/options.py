@@ -124,6 +124,8 @@ class ReplayOptions:
     """Address of the Ray cluster whose nodes send; `auto` finds a running one, `local` starts one here."""
     senders: int | None = None
     """Actors on that cluster; None is one a node."""
+    injection_token: bytes | None = field(default=None, repr=False)
+    """Of a gateway's own injector: its requests are `injected` and not `replay`."""
 
     def __post_init__(self) -> None:
         self.plan_options()

@@ -28,7 +28,7 @@ import msgspec
 from replay.ahead import Ahead
 from replay.bodies import header_lines
 from replay.client import ReplayError as ReplayError
-from replay.client import check_target, read_api_key
+from replay.client import check_target, origin_headers, read_api_key
 from replay.metrics import Recent, SenderFacts, Summary, Tally, Workload
 from replay.options import ReplayOptions as ReplayOptions
 from replay.options import Shard, check_start_at, rows_of
@@ -108,15 +108,16 @@ async def run(
     *,
     stop: Stop | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    learned: Learned | None = None,
 ) -> Summary:
     """Send the planned rows from this process, in order of `due_s`; returns when the last request has ended.
 
-    Raises as `replay` does.
+    learned: of the target, instead of asking it. Raises as `replay` does.
     """
     stop = stop or Stop()
     start = _Start(options)
     api_key = await _check(options)
-    sender = Sender(iter(planned), options, run_id=start.run_id, api_key=api_key, stop=stop)
+    sender = Sender(iter(planned), options, run_id=start.run_id, api_key=api_key, stop=stop, learned=learned)
 
     async def zero() -> int:
         return start.set(0.0)
@@ -220,7 +221,14 @@ async def _check(options: ReplayOptions) -> str | None:
         raise ReplayError(str(error)) from None
     api_key = read_api_key(options.api_key_env)
     try:
-        await check_target(http, options.models, api_key, header_lines(options.prompts.extra_headers))
+        extra = header_lines(options.prompts.extra_headers)
+        if options.injection_token is not None:
+            extra = [
+                *extra,
+                *origin_headers(options.injection_token),
+                (b"x-burstgate-run-id", (options.run_id or "").encode()),
+            ]
+        await check_target(http, options.models, api_key, extra)
     finally:
         http.close()
     return api_key

@@ -285,7 +285,15 @@ class Sender:
         self._alarm.ring()
 
     def _lines(self, prepared: Prepared) -> bytes:
-        return encode_lines(request_headers(prepared.row, self._run_id, self._api_key, self._ahead.extra_headers))
+        return encode_lines(
+            request_headers(
+                prepared.row,
+                self._run_id,
+                self._api_key,
+                self._ahead.extra_headers,
+                injection_token=self._options.injection_token,
+            )
+        )
 
     async def _begin(self, requests: asyncio.TaskGroup, prepared: Prepared, ready_ns: int, lines: bytes) -> None:
         """Start a request whose moment has come, or drop it."""

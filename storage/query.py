@@ -42,6 +42,8 @@ class Filter:
     origins: tuple[str, ...] = ()
     log_types: tuple[str, ...] = ()
     run_ids: tuple[str, ...] = ()
+    without_origins: tuple[str, ...] = ()
+    """These do not match, whatever else does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ def conditions(selection: Filter) -> list[sa.ColumnElement[bool]]:
     ):
         if values:
             wanted.append(column.in_([str(value) for value in values]))
+    if selection.without_origins:
+        wanted.append(requests.c.origin.not_in([str(value) for value in selection.without_origins]))
     return wanted
 
 
@@ -95,6 +99,8 @@ def matching(batch: pl.DataFrame, selection: Filter) -> pl.DataFrame:
     ):
         if values:
             wanted.append(pl.col(name).is_in([str(value) for value in values]))
+    if selection.without_origins:
+        wanted.append(~pl.col("origin").is_in([str(value) for value in selection.without_origins]))
     return batch.filter(wanted) if wanted else batch
 
 

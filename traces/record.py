@@ -41,13 +41,17 @@ class Outcome(enum.StrEnum):
 
 
 class Origin(enum.StrEnum):
-    """Who caused the request. Statistics are over `client` rows unless asked otherwise."""
+    """Who caused the request. Statistics leave out the gateway's own (`OWN_ORIGINS`) unless asked for them."""
 
     CLIENT = "client"
     REPLAY = "replay"
     INJECTED = "injected"
     SHADOW = "shadow"
     IMPORTED = "imported"
+
+
+OWN_ORIGINS = (Origin.INJECTED, Origin.SHADOW)
+"""Requests that no client sent: bursts of the gateway's own, and copies of its clients' requests."""
 
 
 class LogType(enum.StrEnum):

@@ -167,9 +167,9 @@ def selection_of(
     start: float | None,
     end: float | None,
 ) -> Any:
-    """The rows that the flags ask for. Raises ConfigError."""
+    """The rows that the flags ask for; the gateway's own only by their origin or run. Raises ConfigError."""
     from storage.query import Filter
-    from traces.record import Origin, Outcome
+    from traces.record import OWN_ORIGINS, Origin, Outcome
 
     return Filter(
         start_s=start,
@@ -180,6 +180,7 @@ def selection_of(
         origins=one_of(origins, {each.value: each.value for each in Origin}, "--origin"),
         log_types=one_of(log_types, LOG_TYPES, "--log-type"),
         run_ids=tuple(run_ids or ()),
+        without_origins=() if origins or run_ids else OWN_ORIGINS,
     )
 
 
@@ -256,6 +257,8 @@ def matching_rows(
 
     Raises ConfigError for an archive beside a trace file.
     """
+    import dataclasses
+
     from storage.query import matching
     from traces.codec import read_trace
     from traces.table import READS
@@ -265,7 +268,8 @@ def matching_rows(
             raise ConfigError("--archive: expected with the database, not with a trace file")
         clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone or "UTC")
         batches = read_trace(trace, format=format, clock=clock, fields=(*READS, "run_id"))
-        yield (matching(batch, selection) for batch in batches)
+        asked = dataclasses.replace(selection, without_origins=())  # who names a file asks for what is in it
+        yield (matching(batch, asked) for batch in batches)
         return
     with open_database(*database) as engine:
         yield rows_of(engine, selection, archive)

@@ -109,3 +109,23 @@ def test_cleaned_text_is_bounded_and_fit_for_postgres(text: str) -> None:
 )
 def test_counts_from_outside(number: int | None, count: int | None) -> None:
     assert countable(number) == count
+
+
+TOKEN = b"0123456789abcdef0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("headers", "token", "origin"),
+    [
+        ([(b"x-burstgate-origin", b"injected"), (b"x-burstgate-injection", TOKEN)], TOKEN, Origin.INJECTED),
+        ([(b"X-Burstgate-Injection", TOKEN), (b"X-Burstgate-Origin", b"injected")], TOKEN, Origin.INJECTED),
+        ([(b"x-burstgate-origin", b"injected")], TOKEN, Origin.CLIENT),
+        ([(b"x-burstgate-origin", b"injected"), (b"x-burstgate-injection", TOKEN[:-1])], TOKEN, Origin.CLIENT),
+        ([(b"x-burstgate-origin", b"injected"), (b"x-burstgate-injection", b"")], b"", Origin.CLIENT),  # none is known
+        ([(b"x-burstgate-origin", b"shadow"), (b"x-burstgate-injection", TOKEN)], TOKEN, Origin.INJECTED),
+    ],
+)
+def test_only_the_injector_itself_is_injected(headers: Headers, token: bytes, origin: Origin) -> None:
+    found = RequestHead(headers, b"x-session-id", b"x-burstgate-log-type", injection_token=token)
+    assert found.origin is origin
+    assert found.forward == []  # the token stays here

@@ -14,7 +14,7 @@ from storage.query import Dataset, Filter, count, read_batches, read_datasets
 from storage.sink import open_sink
 from traces.batch import SCHEMA, batch_from_records
 from traces.codec import UNIX_CLOCK
-from traces.record import LogType, Origin, Outcome, TraceRecord
+from traces.record import OWN_ORIGINS, LogType, Origin, Outcome, TraceRecord
 
 T0_S = 1_700_000_000.5
 RECORDS = [
@@ -49,6 +49,8 @@ FILTERS = [
     (Filter(log_types=(LogType.CONVERSATION,)), "a"),
     (Filter(log_types=("conversation log",)), ""),
     (Filter(run_ids=("r1",)), "d"),
+    (Filter(without_origins=OWN_ORIGINS), "abcd"),
+    (Filter(without_origins=(Origin.CLIENT,), origins=(Origin.CLIENT, Origin.REPLAY)), "d"),
     (Filter(models=("m1",), sessions=("s2",), start_s=T0_S), "b"),
     (Filter(models=("m1",), sessions=("s1",), outcomes=("rejected",)), ""),
     (Filter(sessions=tuple(f"s{number}" for number in range(2000))), "abe"),
