@@ -43,7 +43,7 @@ class RequestHead:
     """What the headers say: those to send on, and what the gateway itself needs. Shared by requests with equal ones."""
 
     __slots__ = ("client_request_id", "content_type", "expects_continue", "forward", "host", "hosts", "is_chunked",
-                 "lines", "log_type", "origin", "request_id", "run_id", "session", "size")  # fmt: skip
+                 "lines", "log_type", "origin", "request_id", "run_id", "session", "shadow_lines", "size")  # fmt: skip
 
     def __init__(self, headers: Headers, session_header: bytes, log_type_header: bytes) -> None:
         """headers: names as sent, without Content-Length."""
@@ -64,6 +64,8 @@ class RequestHead:
         self.log_type: LogType | None = None
         self.origin = Origin.CLIENT
         self.run_id: str | None = None
+        self.shadow_lines: dict[int, bytes] | None = None
+        """As they are sent to shadow targets, by the targets' numbers; those work them out."""
         named: frozenset[bytes] = frozenset()
         for name, value in headers:
             lower = name.lower()

@@ -26,6 +26,11 @@ from traces.record import Outcome
 TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 E2E_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
+MIRROR_DROPS = ("queue_full", "bytes", "too_large", "upload", "model", "breaker_open", "stopping", "defect")
+"""Why a mirrored request was not sent: as many wait as may; the bodies held are as large as they may be; its own body
+is larger than `max_body`; its body was never whole in memory; its model could not be rewritten; the target is left
+alone; the gateway stops, or the target is no longer configured; a defect of the mirror."""
+
 
 def _histogram_names(name: str, buckets: tuple[float, ...]) -> tuple[str, ...]:
     return (*(f"{name}_le_{bound:g}" for bound in buckets), f"{name}_le_inf", f"{name}_sum_us")
@@ -41,8 +46,14 @@ WORKER_COUNTERS = (
     *(f"outcome_{outcome.value}" for outcome in Outcome),
     *_histogram_names("ttft", TTFT_BUCKETS_S),
     *_histogram_names("e2e", E2E_BUCKETS_S),
+    "mirror_offered",
+    "mirror_sent",
+    "mirror_queued",
+    "mirror_in_flight",
+    *(f"mirror_dropped_{reason}" for reason in MIRROR_DROPS),
+    *(f"mirror_outcome_{outcome.value}" for outcome in Outcome),
 )
-"""The slots behind the journal's own, in order. in_flight is a gauge; the rest only grow."""
+"""The slots behind the journal's own, in order. Those of GAUGES go up and down; the rest only grow."""
 
 _SLOT = {name: index for index, name in enumerate(JOURNAL_COUNTERS + WORKER_COUNTERS)}
 _IN_FLIGHT = _SLOT["in_flight"]
@@ -57,6 +68,12 @@ _TTFT = _SLOT[f"ttft_le_{TTFT_BUCKETS_S[0]:g}"]
 _TTFT_SUM = _SLOT["ttft_sum_us"]
 _E2E = _SLOT[f"e2e_le_{E2E_BUCKETS_S[0]:g}"]
 _E2E_SUM = _SLOT["e2e_sum_us"]
+_MIRROR_OFFERED = _SLOT["mirror_offered"]
+_MIRROR_SENT = _SLOT["mirror_sent"]
+_MIRROR_QUEUED = _SLOT["mirror_queued"]
+_MIRROR_IN_FLIGHT = _SLOT["mirror_in_flight"]
+_MIRROR_DROPPED = {reason: _SLOT[f"mirror_dropped_{reason}"] for reason in MIRROR_DROPS}
+_MIRROR_OUTCOMES = {outcome.value: _SLOT[f"mirror_outcome_{outcome.value}"] for outcome in Outcome}
 
 
 class WorkerMetrics:
@@ -106,8 +123,35 @@ class WorkerMetrics:
         """An answer could not be accounted for; its bytes passed on."""
         self._slots[_ACCOUNTING_ERRORS] += 1
 
+    def mirror_queued(self) -> None:
+        """A request was drawn for a shadow target, and waits."""
+        self._slots[_MIRROR_OFFERED] += 1
+        self._slots[_MIRROR_QUEUED] += 1
 
-GAUGES = frozenset({"in_flight", "journal_unwritten"})
+    def mirror_refused(self, reason: str) -> None:
+        """A request was drawn, and does not wait: one of MIRROR_DROPS."""
+        self._slots[_MIRROR_OFFERED] += 1
+        self._slots[_MIRROR_DROPPED[reason]] += 1
+
+    def mirror_dropped(self, reason: str) -> None:
+        """One that waited will not be sent: one of MIRROR_DROPS."""
+        self._slots[_MIRROR_QUEUED] -= 1
+        self._slots[_MIRROR_DROPPED[reason]] += 1
+
+    def mirror_sent(self) -> None:
+        """One that waited is in flight."""
+        slots = self._slots
+        slots[_MIRROR_QUEUED] -= 1
+        slots[_MIRROR_SENT] += 1
+        slots[_MIRROR_IN_FLIGHT] += 1
+
+    def mirror_ended(self, outcome: Outcome) -> None:
+        """The exchange with the shadow target is over."""
+        self._slots[_MIRROR_IN_FLIGHT] -= 1
+        self._slots[_MIRROR_OUTCOMES[outcome._value_]] += 1
+
+
+GAUGES = frozenset({"in_flight", "journal_unwritten", "mirror_queued", "mirror_in_flight"})
 
 
 def sum_counters(journal: Path) -> dict[str, int]:
@@ -188,4 +232,31 @@ def worker_metrics(values: Mapping[str, int]) -> Iterator[Metric]:
     )
     yield _histogram(
         "burstgate_request_duration_seconds", "Submission to last byte, all outcomes.", "e2e", E2E_BUCKETS_S, values
+    )
+    yield from _mirror_metrics(values)
+
+
+def _mirror_metrics(values: Mapping[str, int]) -> Iterator[Metric]:
+    def get(name: str) -> int:
+        return values.get(name, 0)
+
+    yield CounterMetricFamily(
+        "burstgate_mirror_offered", "Requests drawn for a shadow target, copies included.", get("mirror_offered")
+    )
+    yield CounterMetricFamily("burstgate_mirror_sent", "Requests sent to a shadow target.", get("mirror_sent"))
+    dropped = CounterMetricFamily(
+        "burstgate_mirror_dropped", "Requests drawn for a shadow target and not sent, by reason.", labels=["reason"]
+    )
+    for reason in MIRROR_DROPS:
+        dropped.add_metric([reason], get(f"mirror_dropped_{reason}"))
+    yield dropped
+    ended = CounterMetricFamily(
+        "burstgate_mirror_requests", "Requests to shadow targets that ended, by outcome.", labels=["outcome"]
+    )
+    for outcome in Outcome:
+        ended.add_metric([outcome.value], get(f"mirror_outcome_{outcome.value}"))
+    yield ended
+    yield GaugeMetricFamily("burstgate_mirror_queued", "Requests that wait to be mirrored.", get("mirror_queued"))
+    yield GaugeMetricFamily(
+        "burstgate_mirror_in_flight", "Requests in flight at shadow targets.", get("mirror_in_flight")
     )

@@ -126,7 +126,7 @@ def test_room_keeps_out(room: str, systems: set[str]) -> None:
 PURE = ["wire/sse.py", "wire/openai.py", "wire/shapes.py", "wire/accounting.py", "wire/latency.py", "wire/http1.py",
         "traces/record.py", "traces/batch.py", "storage/frame.py", "storage/entries.py",
         "proxy/balance.py", "proxy/request_head.py", "proxy/answer_head.py", "proxy/estimates.py",
-        "proxy/errors.py", "replay/timeline.py", "replay/verdict.py"]  # fmt: skip
+        "proxy/errors.py", "proxy/agreement.py", "replay/timeline.py", "replay/verdict.py"]  # fmt: skip
 
 
 @pytest.mark.parametrize("file", PURE)
