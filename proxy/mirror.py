@@ -719,7 +719,7 @@ class Mirror:
         """Ended, and waiting for their primary or for the comparison."""
         self._retired: list[Target] = []
         self._comparing = 0
-        self._thread: ThreadPoolExecutor | None = None
+        self._comparer: ThreadPoolExecutor | None = None
         self.apply(settings)
 
     def apply(self, settings: Settings) -> None:
@@ -771,10 +771,10 @@ class Mirror:
         if self._comparing >= MAX_COMPARING or self.is_stopping:
             shadow.settle(None)
             return
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "agreement")
+        if self._comparer is None:
+            self._comparer = ThreadPoolExecutor(1, "agreement")
         self._comparing += 1
-        done = self.loop.run_in_executor(self._thread, similarity, a, b, _let_others_run)
+        done = self.loop.run_in_executor(self._comparer, similarity, a, b, _let_others_run)
         done.add_done_callback(functools.partial(self._compared, shadow))
 
     def _compared(self, shadow: Shadow, done: asyncio.Future[float]) -> None:
@@ -811,6 +811,6 @@ class Mirror:
             target.stop()
         for shadow in list(self.waiting):
             shadow.settle(None)
-        if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
-            self._thread = None
+        if self._comparer is not None:
+            self._comparer.shutdown(cancel_futures=True)
+            self._comparer = None

@@ -1,0 +1,130 @@
+"""Shadow traffic with real processes: mirrored, recorded, compared, replayed, and not lost by `kill -9`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from storage.query import Filter
+from tests.e2e.harness import Installation, Simulator, burstgate, wait_until
+from traces.record import Origin, Outcome, TraceRecord
+
+SHADOWS = Filter(origins=(Origin.SHADOW,))
+REQUESTS = 40
+
+
+def ask(url: str, number: int) -> None:
+    answer = httpx.post(
+        f"{url}/v1/chat/completions",
+        json={"model": "simulated", "max_tokens": 5, "messages": [{"role": "user", "content": f"hello {number}"}]},
+        headers={"x-session-id": f"s{number % 4}", "authorization": "Bearer sk-client"},
+        timeout=30,
+    )
+    assert answer.status_code == 200, answer.text
+
+
+def mirrored(url: str, **more: object) -> dict[str, str]:
+    return {"BURSTGATE_MIRROR__TARGETS": json.dumps([{"url": url, "name": "next", **more}])}
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Installation, str]]:
+    """An installation that has mirrored REQUESTS of four sessions, and its shadow target's URL."""
+    data_dir = tmp_path_factory.mktemp("shadow") / "data"
+    with (
+        Simulator("--fast") as production,
+        Simulator("--fast") as staging,
+        Installation(production.url, data_dir=data_dir, env=mirrored(staging.url, agreement="exact")) as installation,
+    ):
+        for number in range(REQUESTS):
+            ask(installation.gateway_url, number)
+        installation.wait_rows(2 * REQUESTS)
+        yield installation, staging.url
+
+
+def test_each_shadow_is_joined_with_its_primary(recorded: tuple[Installation, str]) -> None:
+    installation, _ = recorded
+    rows = installation.rows()
+    primaries = {row.request_id: row for row in rows if row.origin is Origin.CLIENT}
+    shadows = [row for row in rows if row.origin is Origin.SHADOW]
+    assert sorted(str(row.shadow_of) for row in shadows) == sorted(primaries)
+
+    def shared(row: TraceRecord) -> tuple[object, ...]:
+        return row.session_id, row.model, row.request_tokens, row.response_tokens, row.finish_reason, row.outcome
+
+    assert [shared(row) for row in shadows] == [shared(primaries[str(row.shadow_of)]) for row in shadows]
+    assert {row.upstream for row in shadows} == {"next"}
+    assert all(row.agreement is not None for row in shadows)
+    assert installation.doctor()["accounting"].is_ok
+    metrics = httpx.get(f"{installation.control_url}/metrics").text
+    assert f"burstgate_mirror_sent_total {REQUESTS}.0" in metrics
+    assert f'burstgate_mirror_requests_total{{outcome="ok"}} {REQUESTS}.0' in metrics
+    assert f'burstgate_requests_total{{outcome="ok"}} {REQUESTS}.0' in metrics  # the clients' alone
+
+
+def test_compare_says_what_differs_and_its_status_is_for_gates(recorded: tuple[Installation, str]) -> None:
+    data_dir = recorded[0].data_dir
+    loose = ("--failure-tolerance", "0.5", "--latency-tolerance", "1e6", "--finish-tolerance", "0.5",
+             "--agreement-tolerance", "2", "--rounds", "50")  # fmt: skip
+    same = burstgate("compare", "--shadow", "next", "--data-dir", data_dir, "--json", "-", *loose)
+    found = json.loads(same.stdout)
+    assert (found["pairs"], found["unpaired"], found["target"]) == (REQUESTS, 0, "next")
+    known = {axis["name"]: axis["verdict"] for axis in found["axes"] if axis["is_known"]}
+    assert (known["outcome"], known["tokens"], known["output"]) == ("same", "same", "same")
+    told = burstgate("compare", "--shadow", "next", "--data-dir", data_dir, "--rounds", "50")
+    assert told.stdout.splitlines()[0].strip().endswith(f"next, {REQUESTS} requests beside their primaries")
+    assert told.returncode in (1, 3)
+    for arguments, rule in (
+        (("--shadow", "nobody"), "no request to 'nobody' is recorded; there are next"),
+        (("--shadow", "next", "a.csv"), "expected without A and B"),
+        (("--shadow", "next", "--rounds", "1"), "rounds: expected 20"),
+        ((), "expected two traces A and B, or --shadow TARGET"),
+    ):
+        done = burstgate("compare", *arguments, "--data-dir", data_dir)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+        assert rule in done.stderr
+    assert burstgate("compare", "--shadow", "next", "--to", "1", "--data-dir", data_dir).returncode == 3
+
+
+def test_what_production_saw_is_replayed_from_the_database(recorded: tuple[Installation, str], tmp_path: Path) -> None:
+    installation, staging = recorded
+    rows = installation.rows(Filter(origins=(Origin.CLIENT,)))
+    middle_s = rows[10].received_at
+
+    def replay(*arguments: str) -> tuple[int, str]:
+        done = burstgate(
+            "replay", "--from-database", "--data-dir", installation.data_dir, "--target", staging, "--keep-models",
+            "--speed", "10", "--quiet", "--samples", tmp_path / "samples.jsonl", *arguments,
+        )  # fmt: skip
+        return done.returncode, done.stderr
+
+    status, said = replay("--from", repr(middle_s), "--only-session", "s1")
+    assert status in (0, 3), said  # the machine may be too busy for a good run
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    wanted = [row for row in rows[10:] if row.session_id == "s1"]
+    assert [sample["session_id"] for sample in samples] == ["s1"] * len(wanted)
+    assert replay("--to", "1") == (2, "burstgate: --from-database: no recorded request matches\n")
+    assert replay("trace.csv")[0] == 2
+
+
+def test_a_shadow_in_flight_when_its_worker_is_killed_has_its_record(tmp_path: Path) -> None:
+    with (
+        Simulator("--fast") as production,
+        Simulator("--step-base-s", "30") as staging,
+        Installation(production.url, data_dir=tmp_path / "data", env=mirrored(staging.url)) as installation,
+    ):
+        ask(installation.gateway_url, 0)
+        wait_until(lambda: staging.stats().running + staging.stats().waiting == 1, 10, "the shadow is in flight")
+        os.kill(installation.pid("worker"), signal.SIGKILL)
+        rows = installation.wait_rows(2)
+        assert installation.doctor()["accounting"].is_ok
+    (primary,) = [row for row in rows if row.origin is Origin.CLIENT]
+    (shadow,) = [row for row in rows if row.origin is Origin.SHADOW]
+    assert primary.outcome is Outcome.OK
+    assert (shadow.outcome, shadow.shadow_of) == (Outcome.GATEWAY_CRASH, primary.request_id)
