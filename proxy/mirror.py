@@ -718,6 +718,8 @@ class Mirror:
         self.waiting: set[Shadow] = set()
         """Ended, and waiting for their primary or for the comparison."""
         self._retired: list[Target] = []
+        self._times_s = (0.0, 0.0)
+        """To make a connection, and how long an idle one is kept."""
         self._comparing = 0
         self._comparer: ThreadPoolExecutor | None = None
         self.apply(settings)
@@ -728,16 +730,15 @@ class Mirror:
         Raises ConfigError; then nothing has changed.
         """
         made = []
+        timeouts = settings.timeouts
+        times_s = (timeouts.connect_s, timeouts.upstream_idle_s)
         for wanted in settings.mirror.targets:
             files = (wanted.ca_file, wanted.cert_file, wanted.key_file)
             try:
                 tls = client_context(*files) if any(files) else None
             except (OSError, ValueError) as error:
                 raise ConfigError(f"mirror.targets: {wanted.url}: {error}") from None
-            timeouts = settings.timeouts
-            client = HttpClient(
-                wanted.url, connect_timeout_s=timeouts.connect_s, idle_s=timeouts.upstream_idle_s, tls=tls
-            )
+            client = HttpClient(wanted.url, connect_timeout_s=times_s[0], idle_s=times_s[1], tls=tls)
             made.append((wanted, client, read_key(wanted)))
         here = {(target.name, target.client.url.text): target for target in self.targets}
         targets = []
@@ -746,12 +747,13 @@ class Mirror:
             if kept is None:
                 targets.append(Target(self, wanted, client, api_key))
                 continue
-            if client.url.is_tls:  # the same names, maybe other certificates
+            if client.url.is_tls or times_s != self._times_s:  # the same names, maybe other certificates
                 kept.client.close()
                 kept.client = client
             kept.use(wanted, api_key)
             targets.append(kept)
         self.targets = targets
+        self._times_s = times_s
         self._retired = [each for each in (*self._retired, *here.values()) if each.in_flight]
         for gone in here.values():
             gone.retire()
