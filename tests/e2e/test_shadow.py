@@ -5,18 +5,36 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from proxy.cli import main
 from storage.query import Filter
-from tests.e2e.harness import Installation, Simulator, burstgate, wait_until
+from tests.e2e.harness import Installation, Simulator, wait_until
 from traces.record import Origin, Outcome, TraceRecord
 
 SHADOWS = Filter(origins=(Origin.SHADOW,))
 REQUESTS = 40
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs one command in this process: (exit status, standard output, standard error)."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["burstgate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, out, err
+
+    return run
 
 
 def ask(url: str, number: int) -> None:
@@ -68,41 +86,42 @@ def test_each_shadow_is_joined_with_its_primary(recorded: tuple[Installation, st
     assert f'burstgate_requests_total{{outcome="ok"}} {REQUESTS}.0' in metrics  # the clients' alone
 
 
-def test_compare_says_what_differs_and_its_status_is_for_gates(recorded: tuple[Installation, str]) -> None:
+def test_compare_says_what_differs_and_its_status_is_for_gates(recorded: tuple[Installation, str], run: Run) -> None:
     data_dir = recorded[0].data_dir
     loose = ("--failure-tolerance", "0.5", "--latency-tolerance", "1e6", "--finish-tolerance", "0.5",
              "--agreement-tolerance", "2", "--rounds", "50")  # fmt: skip
-    same = burstgate("compare", "--shadow", "next", "--data-dir", data_dir, "--json", "-", *loose)
-    found = json.loads(same.stdout)
+    found = json.loads(run("compare", "--shadow", "next", "--data-dir", data_dir, "--json", "-", *loose)[1])
     assert (found["pairs"], found["unpaired"], found["target"]) == (REQUESTS, 0, "next")
     known = {axis["name"]: axis["verdict"] for axis in found["axes"] if axis["is_known"]}
     assert (known["outcome"], known["tokens"], known["output"]) == ("same", "same", "same")
-    told = burstgate("compare", "--shadow", "next", "--data-dir", data_dir, "--rounds", "50")
-    assert told.stdout.splitlines()[0].strip().endswith(f"next, {REQUESTS} requests beside their primaries")
-    assert told.returncode in (1, 3)
+    status, out, _ = run("compare", "--shadow", "next", "--data-dir", data_dir, "--rounds", "50")
+    assert out.splitlines()[0].strip().endswith(f"next, {REQUESTS} requests beside their primaries")
+    assert status in (1, 3)
     for arguments, rule in (
         (("--shadow", "nobody"), "no request to 'nobody' is recorded; there are next"),
         (("--shadow", "next", "a.csv"), "expected without A and B"),
         (("--shadow", "next", "--rounds", "1"), "rounds: expected 20"),
         ((), "expected two traces A and B, or --shadow TARGET"),
     ):
-        done = burstgate("compare", *arguments, "--data-dir", data_dir)
-        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
-        assert rule in done.stderr
-    assert burstgate("compare", "--shadow", "next", "--to", "1", "--data-dir", data_dir).returncode == 3
+        status, out, err = run("compare", *arguments, "--data-dir", data_dir)
+        assert (status, out, len(err.splitlines())) == (2, "", 1)
+        assert rule in err
+    assert run("compare", "--shadow", "next", "--to", "1", "--data-dir", data_dir)[0] == 3
 
 
-def test_what_production_saw_is_replayed_from_the_database(recorded: tuple[Installation, str], tmp_path: Path) -> None:
+def test_what_production_saw_is_replayed_from_the_database(
+    recorded: tuple[Installation, str], run: Run, tmp_path: Path
+) -> None:
     installation, staging = recorded
     rows = installation.rows(Filter(origins=(Origin.CLIENT,)))
     middle_s = rows[10].received_at
 
     def replay(*arguments: str) -> tuple[int, str]:
-        done = burstgate(
+        status, _, err = run(
             "replay", "--from-database", "--data-dir", installation.data_dir, "--target", staging, "--keep-models",
             "--speed", "10", "--quiet", "--samples", tmp_path / "samples.jsonl", *arguments,
         )  # fmt: skip
-        return done.returncode, done.stderr
+        return status, err
 
     status, said = replay("--from", repr(middle_s), "--only-session", "s1")
     assert status in (0, 3), said  # the machine may be too busy for a good run
