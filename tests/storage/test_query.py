@@ -177,8 +177,8 @@ def test_shadows_stand_beside_their_primaries(engine: sa.Engine) -> None:
     assert set(pairs["b_outcome"]) == {"truncated"}
     assert set(pairs["agreement"]) == {0.5}
 
-    def found(**within: float) -> int:
-        return sum(batch.height for batch in read_pairs(engine, "next", **within))
+    def found(start_s: float | None = None, end_s: float | None = None) -> int:
+        return sum(batch.height for batch in read_pairs(engine, "next", start_s=start_s, end_s=end_s))
 
     assert found(start_s=T0_S + 5) == 3
     assert found(end_s=T0_S + 11) == 2  # the end is not included

@@ -69,6 +69,7 @@ DIFFERENT: list[tuple[str, str, dict[str, Any], float]] = [
 def test_what_differs_is_found(axis: str, name: str, columns: dict[str, Any], difference: float) -> None:
     found = axes(pairs(**columns))
     each = figure(found[axis], name)
+    assert each.difference is not None
     assert each.difference == pytest.approx(difference, abs=0.01)
     assert each.low is not None
     assert each.high is not None
