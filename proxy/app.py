@@ -117,6 +117,8 @@ def build_app(settings: Settings) -> GatewayApp:
             yield
             for chore in chores:
                 chore.cancel()
+        if gateway.any_mirror is not None:
+            await gateway.any_mirror.drain()
         gateway.stop()
         await asyncio.sleep(0)  # the connections cut there say so
         gateway.fleet.close()

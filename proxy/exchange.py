@@ -24,6 +24,7 @@ from proxy.errors import GatewayError, error_body
 from proxy.estimates import Estimates
 from proxy.faults import FAULT_STATUSES, Faults
 from proxy.logs import FailureLog
+from proxy.mirror import Mirror, Shadow
 from proxy.prefix import prefix_blocks, prompt_of
 from proxy.request_head import LOG_TYPES, RequestHead, clean, countable
 from proxy.server import ClientConnection, Incoming
@@ -120,6 +121,9 @@ class Gateway:
         self.is_stopping = False
         """Connections end with what they have now."""
         self.watch = Watch(self.connections)
+        self.mirror: Mirror | None = None
+        """None without shadow targets; `any_mirror` is one whose targets may be gone."""
+        self.any_mirror: Mirror | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.tracer: Tracer | None = None
         """None: no request has a span."""
@@ -130,6 +134,7 @@ class Gateway:
         self.shaper: Shaper | None = None
         """The same where there is something to shape; else requests are not asked about."""
         self._use(settings)
+        self._use_mirror(settings)
 
     def _use(self, settings: Settings) -> None:
         if settings.telemetry != self._telemetry:
@@ -176,8 +181,17 @@ class Gateway:
             self._exporting.stop()
             self._exporting.join()
 
+    def _use_mirror(self, settings: Settings) -> None:
+        """Raises ConfigError; then nothing has changed."""
+        if self.any_mirror is not None:
+            self.any_mirror.apply(settings)
+        elif settings.mirror.targets:
+            self.any_mirror = Mirror(self, settings, uuid7)
+        self.mirror = self.any_mirror if settings.mirror.targets else None
+
     def apply(self, settings: Settings) -> None:
         """Take over a reloaded configuration; requests that run keep what they have been told."""
+        self._use_mirror(settings)
         self._use(settings)
         self.fleet.apply(settings)
         self.shaping.apply(settings)
@@ -203,6 +217,8 @@ class Gateway:
         """End what still runs: the worker has waited long enough."""
         for request in self.watch.requests():
             request.stopped()
+        if self.any_mirror is not None:
+            self.any_mirror.stop()
         for connection in list(self.connections):
             connection.transport.abort()
 
@@ -214,7 +230,7 @@ class Request(Incoming):
                  "_parts", "_ready_ns", "_size", "_task", "_upload", "account", "answered", "begun", "body_bytes",
                  "client_gone", "endpoint", "error", "exchange", "facts", "family", "fault", "gateway", "is_over",
                  "is_recorded", "keys", "log_type", "model", "path", "prefix", "received_at", "request_id",
-                 "selection", "sends_usage", "session", "shown_id", "start_ns", "status", "tenant", "ticket",
+                 "selection", "sends_usage", "session", "shadows", "shown_id", "start_ns", "status", "tenant", "ticket",
                  "timed_out", "trace", "upstream")  # fmt: skip
 
     def __init__(
@@ -262,6 +278,8 @@ class Request(Incoming):
         self.trace: Trace | None = None
         """Of a request that gets a span."""
         self.sends_usage = False
+        self.shadows: list[Shadow] | None = None
+        """Those that wait for the answer's text."""
         self.account: Account = _NO_ACCOUNT
         self._parts: list[bytes] = []
         self._size = 0
@@ -606,6 +624,8 @@ class Request(Incoming):
             self.gateway.metrics.retried()
         if not self._ready_ns:
             self._ready_ns = time.monotonic_ns()
+            if self.gateway.mirror is not None:
+                self.gateway.mirror.offer(self, self._body, is_upload=self._upload is not None)
         upload = self._upload
         body = self._body
         if upload is None and self.trailers is None:
@@ -937,7 +957,7 @@ class Request(Incoming):
     def _new_account(self, status: int, head: AnswerHead) -> Account:
         if head.is_encoded:
             return _NO_ACCOUNT
-        keep = self.keys is not None
+        keep = self.keys is not None or self.shadows is not None
         if head.is_event_stream:
             if self.family is Family.OTHER:
                 return _NO_ACCOUNT
@@ -987,6 +1007,12 @@ class Request(Incoming):
             self._conclude(outcome, time.monotonic_ns())
         except Exception:  # noqa: BLE001 (never in the way: a defect in recording must not break an answer)
             self._accounting_failed()
+            self._tell_shadows(None)
+
+    def _tell_shadows(self, answer: bytes | None) -> None:
+        shadows, self.shadows = self.shadows, None
+        for shadow in shadows or ():
+            shadow.primary_over(answer)
 
     def _conclude(self, outcome: Outcome, now_ns: int) -> None:
         try:
@@ -1002,6 +1028,8 @@ class Request(Incoming):
         record = self._record(outcome, done, now_ns)
         if self.begun:
             self.gateway.journal.end(record)
+        if self.shadows is not None:
+            self._tell_shadows(done.answer if outcome is Outcome.OK else None)
         if outcome is Outcome.OK and self.status is not None and self.status < 300:
             self._remember(done)
             if record.token_source is TokenSource.USAGE and record.request_tokens and self.body_bytes:

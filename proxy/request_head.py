@@ -45,8 +45,8 @@ class RequestHead:
     """What the headers say: those to send on, and what the gateway itself needs. Shared by requests with equal ones."""
 
     __slots__ = ("client_request_id", "content_type", "expects_continue", "forward", "host", "hosts", "is_chunked",
-                 "lines", "log_type", "origin", "request_id", "run_id", "session", "size", "tenant",
-                 "token")  # fmt: skip
+                 "lines", "log_type", "origin", "request_id", "run_id", "session", "shadow_lines",
+                 "size", "tenant", "token")  # fmt: skip
 
     def __init__(
         self,
@@ -80,6 +80,8 @@ class RequestHead:
         self.run_id: str | None = None
         self.token: bytes | None = None
         """Of one that says it is an injector."""
+        self.shadow_lines: dict[int, bytes] | None = None
+        """As they are sent to shadow targets, by the targets' numbers; those work them out."""
         named: frozenset[bytes] = frozenset()
         for name, value in headers:
             lower = name.lower()

@@ -50,6 +50,11 @@ def _with_known_names(model: type[BaseModel], value: Any) -> Any:
     return value
 
 
+def _server(model: type[BaseModel], value: Any) -> Any:
+    """An entry of a list of servers: as text its URL. Raises ValueError for a name that is no setting."""
+    return {"url": value} if isinstance(value, str) else _with_known_names(model, value)
+
+
 class UpstreamSettings(_Frozen):
     """One vLLM server; as text, its URL."""
 
@@ -65,7 +70,7 @@ class UpstreamSettings(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        return {"url": value} if isinstance(value, str) else _with_known_names(cls, value)
+        return _server(cls, value)
 
     @field_validator("url")
     @classmethod
@@ -461,6 +466,118 @@ class LogSettings(_Frozen):
         return self.format == "json" if self.failures is None else self.failures
 
 
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_NOT_TO_SET = frozenset({"host", "content-length", "transfer-encoding", "connection", "upgrade", "te", "trailer"})
+
+
+class BreakerSettings(_Frozen):
+    """When a shadow target is left alone."""
+
+    max_connect_failures: int = Field(1, ge=1, description="failed connections in a row until it is left alone")
+    max_failures: int = Field(5, ge=1, description="failed requests in a row (no answer, cut off, 5xx) until then")
+    pause_s: float = Field(1.0, gt=0, description="first pause; doubles with each that did not help")
+    max_pause_s: float = Field(60.0, gt=0, description="longest pause")
+    trials: int = Field(2, ge=1, description="requests let through after a pause; all well, it is over")
+
+
+class CollectSettings(_Frozen):
+    """Mirrored later: collected, then sent as the burst that was seen, faster or slower."""
+
+    collect_s: float = Field(gt=0, le=86_400, description="seconds from a window's first request to its release")
+    speed: float = Field(1.0, gt=0, le=1000, description="divides the gaps between the requests of a window")
+
+
+class MirrorTargetSettings(_Frozen):
+    """One target of mirrored traffic; as text, its URL."""
+
+    url: str = Field(description="base URL")
+    name: str | None = Field(None, pattern=r"^[!-~]{1,128}$", description="in records; default: the URL")
+    share: float = Field(1.0, ge=0, le=1, description="of the sessions or requests, that is mirrored")
+    by: Literal["session", "request"] = Field("session", description="what is drawn; session keeps them whole")
+    models: dict[str, str] = Field({}, description="{asked: sent}; * stands for all others")
+    api_key_env: str | None = Field(None, description="environment variable with the target's API key")
+    api_key_file: Path | None = Field(None, description="file with it, read at each start and reload")
+    headers: dict[str, str] = Field({}, description="headers to set; shown as ***")
+    drop_headers: tuple[str, ...] = Field((), description="clients' headers that do not leave, beside credentials")
+    tells: bool = Field(False, description="send x-burstgate-shadow-of with the primary's id")
+    concurrency: int = Field(64, ge=1, le=100_000, description="requests in flight")
+    queue: int = Field(1024, ge=1, le=10_000_000, description="requests that wait; more are dropped, counted")
+    queue_bytes: ByteSize = Field(ByteSize(64 * 1024**2), ge=1024, description="bodies held, waiting or in flight")
+    max_body: ByteSize = Field(ByteSize(4 * 1024**2), ge=1024, description="larger requests are not mirrored")
+    copies: int = Field(1, ge=1, le=1000, description="how often each request is sent")
+    jitter_s: float = Field(0.0, ge=0, le=3600, description="copies after the first leave so much later, drawn evenly")
+    timeout_s: float = Field(300.0, gt=0, description="for a whole exchange")
+    breaker: BreakerSettings = BreakerSettings()
+    agreement: Literal["none", "exact", "similarity"] = Field(
+        "none", description="how outputs are compared with the primary's; texts are not stored"
+    )
+    release: Literal["live"] | CollectSettings = Field("live", description="live, or {collect_s, speed}")
+    ca_file: Path | None = Field(None, description="certificates to trust, PEM; default: the system's")
+    cert_file: Path | None = Field(None, description="the gateway's own certificate, PEM")
+    key_file: Path | None = Field(None, description="its key, PEM; default: in cert_file")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        return _server(cls, value)
+
+    @field_validator("url")
+    @classmethod
+    def _is_url(cls, value: str) -> str:
+        parse_base_url(value)
+        return value
+
+    @field_validator("headers")
+    @classmethod
+    def _are_headers(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if not _HEADER_NAME.fullmatch(name) or name.lower() in _NOT_TO_SET:
+                raise ValueError(f"'{name}' is no header that can be set")
+            if not all(" " <= each <= "~" or each == "\t" for each in text):
+                raise ValueError(f"the value of '{name}': expected visible ASCII")  # without the value: it may be a key
+        return value
+
+    @model_validator(mode="after")
+    def _fit(self) -> MirrorTargetSettings:
+        files = (self.ca_file, self.cert_file, self.key_file)
+        if any(files) and not parse_base_url(self.url).is_tls:
+            raise ValueError("ca_file, cert_file and key_file are for https:// targets")
+        if self.key_file is not None and self.cert_file is None:
+            raise ValueError("key_file needs a cert_file")
+        if self.api_key_env is not None and self.api_key_file is not None:
+            raise ValueError("api_key_env or api_key_file, not both")
+        return self
+
+    def __str__(self) -> str:
+        return self.url
+
+
+class MirrorSettings(_Frozen):
+    """Shadow traffic: requests sent once more, to targets whose answers nobody waits for."""
+
+    targets: tuple[MirrorTargetSettings, ...] = Field(
+        (), description="URLs, or in the file mappings of url, name, share and what docs/shadow.md lists"
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+            try:
+                value = yaml.safe_load(value)
+            except (yaml.YAMLError, RecursionError):
+                raise ValueError("expected a list of URLs or mappings") from None
+        return [value] if isinstance(value, dict) else _split_text(value)
+
+    @field_validator("targets")
+    @classmethod
+    def _differ(cls, value: tuple[MirrorTargetSettings, ...]) -> tuple[MirrorTargetSettings, ...]:
+        names = [target.name or parse_base_url(target.url).text for target in value]
+        if len(set(names)) != len(value):
+            raise ValueError("each target may be named once")
+        return value
+
+
 class Settings(_Frozen):
     """Everything that `burstgate serve` can be told."""
 
@@ -495,6 +612,7 @@ class Settings(_Frozen):
     telemetry: TelemetrySettings = TelemetrySettings()
     log: LogSettings = LogSettings()
     injection: InjectionSettings = InjectionSettings()
+    mirror: MirrorSettings = MirrorSettings()
 
     @field_validator("upstreams", mode="before")
     @classmethod
@@ -758,6 +876,11 @@ def show_value(value: Any) -> str:
         return _without_secrets(json.dumps(value, ensure_ascii=False)) if value else "(none)"
     if isinstance(value, UpstreamSettings):
         said = value.model_dump(mode="json", exclude_defaults=True, exclude={"url"})
+        return _without_secrets(f"{value} {json.dumps(said, ensure_ascii=False)}" if said else str(value))
+    if isinstance(value, MirrorTargetSettings):
+        said = value.model_dump(mode="json", exclude_defaults=True, exclude={"url"})
+        if "headers" in said:
+            said["headers"] = dict.fromkeys(said["headers"], "***")
         return _without_secrets(f"{value} {json.dumps(said, ensure_ascii=False)}" if said else str(value))
     if value is None:
         return "(none)"

@@ -23,8 +23,13 @@ from storage.engine import database_errors
 from storage.schema import datasets, requests
 from traces.batch import SCHEMA
 from traces.codec import TraceClock
+from traces.shadow import PAIR_FIELDS, PAIRS
 
 _Cursor: TypeAlias = "sqlite3.Cursor | psycopg.ServerCursor[Any]"
+
+MAX_SHADOW_DELAY_S = 2 * 86_400.0
+"""Between a primary and its shadow lie a collected window, of a day at most, its release and the queue."""
+CLOCK_STEP_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +199,50 @@ def _read_batches(engine: sa.Engine, selection: Filter, batch_rows: int) -> Gene
             yield _batch_of(rows)
             with database_errors(engine):
                 rows = cursor.fetchmany(batch_rows)
+
+
+def read_pairs(
+    engine: sa.Engine,
+    target: str,
+    *,
+    start_s: float | None = None,
+    end_s: float | None = None,
+    batch_rows: int = 50_000,
+) -> Generator[pl.DataFrame]:
+    """A shadow target's requests beside their primaries, as batches of `traces.shadow.PAIRS`.
+
+    start_s, end_s: of the shadows, epoch seconds, start included, end not. Where the primary is not there, its columns
+    are null. Raises DatabaseUnavailable while iterating.
+    """
+    shadow, primary = requests.alias("shadow"), requests.alias("primary")
+    is_its = primary.c.request_id == shadow.c.shadow_of
+    if start_s is not None:  # so that not all that was ever recorded is joined
+        is_its &= primary.c.received_at >= start_s - MAX_SHADOW_DELAY_S
+    if end_s is not None:
+        is_its &= primary.c.received_at < end_s + CLOCK_STEP_S
+    columns = [
+        side.c[name].label(f"{of}_{name}") for of, side in (("a", primary), ("b", shadow)) for name in PAIR_FIELDS
+    ]
+    statement = (
+        sa.select(*columns, shadow.c.agreement)
+        .select_from(shadow.outerjoin(primary, is_its))
+        .where(shadow.c.origin == "shadow", shadow.c.upstream == target)
+    )
+    if start_s is not None:
+        statement = statement.where(shadow.c.received_at >= start_s)
+    if end_s is not None:
+        statement = statement.where(shadow.c.received_at < end_s)
+    with database_errors(engine), engine.connect() as connection:
+        found = connection.execution_options(yield_per=batch_rows).execute(statement)
+        for rows in found.partitions():
+            yield pl.DataFrame([tuple(row) for row in rows], schema=PAIRS, orient="row")
+
+
+def read_shadow_targets(engine: sa.Engine) -> list[str]:
+    """The shadow targets that have requests, by name. Raises DatabaseUnavailable."""
+    with database_errors(engine), engine.connect() as connection:
+        statement = sa.select(requests.c.upstream).where(requests.c.origin == "shadow").distinct()
+        return sorted(name for name in connection.execute(statement).scalars() if name is not None)
 
 
 def _execute(driver: object, statement: str, values: Any) -> _Cursor:

@@ -166,7 +166,7 @@ def compare(a: pl.DataFrame, b: pl.DataFrame, options: Options | None = None) ->
         _failures([a, b], blocks, options, rng),
         _latency(a, b, options, rng),
     )
-    verdict = _together(axis.verdict for axis in axes if axis.is_known)
+    verdict = together(axis.verdict for axis in axes if axis.is_known)
     return Comparison(verdict, a.height, b.height, axes, options)
 
 
@@ -185,20 +185,23 @@ def check_options(options: Options) -> None:
             raise ValueError(f"compare: {name}: expected {rule}, got {value:g}")
 
 
-def _together(verdicts: Iterable[Verdict]) -> Verdict:
+def together(verdicts: Iterable[Verdict]) -> Verdict:
+    """Different if any is, same if all are."""
     seen = set(verdicts)
     if Verdict.DIFFERENT in seen:
         return Verdict.DIFFERENT
     return Verdict.SAME if seen == {Verdict.SAME} else Verdict.UNKNOWN
 
 
-def _axis(name: str, differences: Sequence[Difference], distances: Sequence[Distance] = ()) -> Axis:
+def axis_of(name: str, differences: Sequence[Difference], distances: Sequence[Distance] = ()) -> Axis:
+    """An axis with the verdict of what both sides know of it."""
     known = [each.verdict for each in differences if each.a is not None and each.b is not None]
     known += [each.verdict for each in distances]
-    return Axis(name, _together(known), bool(known), tuple(differences), tuple(distances))
+    return Axis(name, together(known), bool(known), tuple(differences), tuple(distances))
 
 
-def _judge(low: float, high: float, tolerance: float) -> Verdict:
+def judge(low: float, high: float, tolerance: float) -> Verdict:
+    """What an interval says of a difference."""
     if -tolerance <= low and high <= tolerance:
         return Verdict.SAME
     return Verdict.DIFFERENT if low > tolerance or high < -tolerance else Verdict.UNKNOWN
@@ -225,7 +228,7 @@ def _difference(
         return Difference(name, a.value, b.value, point, None, None, is_relative, Verdict.UNKNOWN)
     tail = (1 - options.confidence) / 2
     low, high = (float(edge) for edge in np.quantile(draws, [tail, 1 - tail]))
-    return Difference(name, a.value, b.value, point, low, high, is_relative, _judge(low, high, tolerance))
+    return Difference(name, a.value, b.value, point, low, high, is_relative, judge(low, high, tolerance))
 
 
 def _distance(name: str, samples: Sequence[_Sample | None], options: Options) -> list[Distance]:
@@ -240,7 +243,7 @@ def _distance(name: str, samples: Sequence[_Sample | None], options: Options) ->
     slack = sum(math.sqrt(math.log(4 / (1 - options.confidence)) / (2 * side.n)) for side in (a, b))
     low, high = max(ks - slack, 0.0), min(ks + slack, 1.0)
     moved = wasserstein_distance(a.values, b.values, *(np.diff(side.cumulative, prepend=0) for side in (a, b)))
-    return [Distance(name, a.n, b.n, ks, low, high, float(moved), _judge(low, high, options.ks_tolerance))]
+    return [Distance(name, a.n, b.n, ks, low, high, float(moved), judge(low, high, options.ks_tolerance))]
 
 
 def _sample(values: NDArray[Any]) -> _Sample | None:
@@ -375,7 +378,7 @@ NOTHING: Final = _Figure(None, np.empty(0))
 def _arrivals(blocks: Sequence[Mapping[str, _Figure]], options: Options) -> Axis:
     """Over whole cells; unknown for a trace of under MIN_CELLS seconds."""
     names = ("rate_rps", "cv", *(f"dispersion_{width_s}s" for width_s in WINDOWS_S))
-    return _axis(
+    return axis_of(
         "arrivals",
         [
             _difference(name, [figures.get(name, NOTHING) for figures in blocks], options.arrival_tolerance, options)
@@ -407,7 +410,7 @@ def _failures(
 
     figures = [figure(table, each.get("failure_rate", NOTHING)) for table, each in zip(tables, blocks, strict=True)]
     failure_rate = _difference("failure_rate", figures, options.failure_tolerance, options, is_relative=False)
-    return _axis("failures", [failure_rate])
+    return axis_of("failures", [failure_rate])
 
 
 def _lengths(a: pl.DataFrame, b: pl.DataFrame, options: Options, rng: np.random.Generator) -> Axis:
@@ -422,7 +425,7 @@ def _lengths(a: pl.DataFrame, b: pl.DataFrame, options: Options, rng: np.random.
         samples = [_sample_of(lengths) for lengths in counts]
         differences += _quantiles(name, samples, options.length_tolerance, options, rng)
         distances += _distance(name, samples, options)
-    return _axis("lengths", differences, distances)
+    return axis_of("lengths", differences, distances)
 
 
 def _quantiles(
@@ -448,7 +451,7 @@ def _sessions(a: pl.DataFrame, b: pl.DataFrame, options: Options, rng: np.random
         *_distance("turns", [_sample_of(each) for each in turns], options),
         *_distance("gap_s", gaps, options),
     ]
-    return _axis("sessions", differences, distances)
+    return axis_of("sessions", differences, distances)
 
 
 def _latency(a: pl.DataFrame, b: pl.DataFrame, options: Options, rng: np.random.Generator) -> Axis:
@@ -459,4 +462,4 @@ def _latency(a: pl.DataFrame, b: pl.DataFrame, options: Options, rng: np.random.
         samples = [_sample(view(table[name])[~is_failure(table)]) for table in (a, b)]
         differences += _quantiles(name, samples, options.latency_tolerance, options, rng)
         distances += _distance(name, samples, options)
-    return _axis("latency", differences, distances)
+    return axis_of("latency", differences, distances)

@@ -32,6 +32,7 @@ from proxy.commands.common import (
     check_format,
     check_timezone,
     matching_rows,
+    open_database,
     parse_operand,
     progress,
     selection_of,
@@ -44,6 +45,7 @@ from storage.errors import DatabaseUnavailable, SchemaError
 
 if TYPE_CHECKING:
     from traces.analysis import Analyzed
+    from traces.shadow import ShadowOptions
 
 Objective = Annotated[
     float, typer.Option("--availability", help="Share of valid requests that must not fail: the error budget.")
@@ -183,9 +185,15 @@ def failures(
 @app.command()
 def compare(
     a: Annotated[
-        str, typer.Argument(help="A trace file, or of the database as from=2026-11-01,to=2026-11-08,origin=client.")
-    ],
-    b: Annotated[str, typer.Argument(help="The other one, set against the first.")],
+        str | None,
+        typer.Argument(help="A trace file, or of the database as from=2026-11-01,to=2026-11-08,origin=client."),
+    ] = None,
+    b: Annotated[str | None, typer.Argument(help="The other one, set against the first.")] = None,
+    shadow: Annotated[
+        str | None, typer.Option(help="Instead of A and B: a shadow target's requests against their primaries.")
+    ] = None,
+    start: From = None,
+    end: To = None,
     json: JsonFile = None,
     confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
     rounds: Annotated[int, typer.Option(help="Resamplings of the bootstrap.")] = 400,
@@ -197,23 +205,42 @@ def compare(
     latency_tolerance: Annotated[float, typer.Option(help="Relative difference of latencies.")] = 0.1,
     failure_tolerance: Annotated[float, typer.Option(help="Difference of the shares of failures.")] = 0.005,
     ks_tolerance: Annotated[float, typer.Option(help="Distance of distributions (KS).")] = 0.05,
+    finish_tolerance: Annotated[float, typer.Option(help="--shadow: share of other finish reasons.")] = 0.05,
+    agreement_tolerance: Annotated[float, typer.Option(help="--shadow: disagreement of the outputs.")] = 0.05,
     format: Format = None,
     timezone: Timezone = None,
     data_dir: DataDir = None,
     database_url: DatabaseUrl = None,
     config: Config = None,
 ) -> None:
-    """Is B as A? Arrivals, lengths, sessions, failures, latency.
+    """Is B as A? Arrivals, lengths, sessions, failures, latency. Or: does a shadow target answer as production does?
 
     Exit status: 0 the same, 1 different, 2 a trace cannot be read or wrong usage, 3 too few requests to tell.
     """
     from traces.analysis_report import render_comparison
-    from traces.compare import Options, Verdict, check_options
+    from traces.compare import Options, check_options
     from traces.compare import compare as compared
     from traces.table import collect
 
     check_format(format)
     check_timezone(timezone)
+    if shadow is not None:
+        if a is not None or b is not None:
+            raise ConfigError("--shadow: expected without A and B, whose place it takes")
+        from traces.shadow import ShadowOptions
+
+        told = ShadowOptions(
+            seed=seed, rounds=rounds, confidence=confidence, failure_tolerance=failure_tolerance,
+            length_tolerance=length_tolerance, finish_tolerance=finish_tolerance, latency_tolerance=latency_tolerance,
+            agreement_tolerance=agreement_tolerance,
+        )  # fmt: skip
+        within = (stamp_s(start, timezone, "--from"), stamp_s(end, timezone, "--to"))
+        _exit_by_verdict(_compare_shadow(shadow, told, within, (config, data_dir, database_url), json))
+        return
+    if a is None or b is None:
+        raise ConfigError("expected two traces A and B, or --shadow TARGET")
+    if start is not None or end is not None:
+        raise ConfigError("--from, --to: expected with --shadow; of A and B as from=...,to=...")
     options = Options(
         seed=seed, rounds=rounds, confidence=confidence, block_s=block, arrival_tolerance=arrival_tolerance,
         length_tolerance=length_tolerance, session_tolerance=session_tolerance, latency_tolerance=latency_tolerance,
@@ -243,5 +270,40 @@ def compare(
         write_json(json, found)
     if json != Path("-"):
         render_comparison(found, a, b, Console(highlight=False, width=None if sys.stdout.isatty() else 150))
-    if status := {Verdict.SAME: 0, Verdict.DIFFERENT: 1, Verdict.UNKNOWN: 3}[found.verdict]:
+    _exit_by_verdict(found.verdict)
+
+
+def _exit_by_verdict(verdict: str) -> None:
+    if status := {"same": 0, "different": 1, "unknown": 3}[verdict]:
         raise typer.Exit(status)
+
+
+def _compare_shadow(
+    target: str,
+    options: ShadowOptions,
+    within: tuple[float | None, float | None],
+    database: tuple[Path | None, Path | None, str | None],
+    json: Path | None,
+) -> str:
+    """Show a shadow target's differences; returns the verdict. Raises ConfigError."""
+    from storage.query import read_pairs, read_shadow_targets
+    from traces.analysis_report import render_shadow
+    from traces.shadow import check_options, compare_shadow
+
+    try:
+        check_options(options)
+        with progress() as say, open_database(*database) as engine:
+            say("joining")
+            found = compare_shadow(read_pairs(engine, target, start_s=within[0], end_s=within[1]), target, options)
+            known = read_shadow_targets(engine) if not found.pairs else []
+    except OSError as error:  # status 1 says that they differ
+        raise ConfigError(f"{error.filename}: {error.strerror}" if error.strerror else str(error)) from None
+    except (ValueError, DatabaseUnavailable, SchemaError) as error:
+        raise ConfigError(str(error)) from None
+    if not found.pairs and target not in known:
+        raise ConfigError(f"--shadow: no request to {target!r} is recorded; there are {', '.join(known) or 'none'}")
+    if json is not None:
+        write_json(json, found)
+    if json != Path("-"):
+        render_shadow(found, Console(highlight=False, width=None if sys.stdout.isatty() else 150))
+    return found.verdict
