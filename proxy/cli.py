@@ -11,14 +11,14 @@ from typing import Any
 
 import typer
 
-from proxy.commands import analysis, load, service, traces
+from proxy.commands import analysis, keys, load, service, traces
 from proxy.commands.common import app
 from proxy.config_error import ConfigError
 from storage.errors import DatabaseUnavailable, DatabaseUrlError, SchemaError
 from traces.codec import TraceFormatError
 
 __all__ = ["app", "main"]
-_COMMANDS = (service, traces, analysis, load)
+_COMMANDS = (service, traces, analysis, load, keys)
 """Whose import makes the commands."""
 
 EXPECTED = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -21,13 +22,20 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from proxy.admin_auth import AdminGate
 from proxy.child import ChildTask, run_child, watch_parent
+from proxy.config_error import ConfigError
+from proxy.control_keys import keys_router
 from proxy.doctor import Check, balance_of, diagnose
+from proxy.keeper import KeyKeeper
 from proxy.settings import Settings, show_value
 from proxy.telemetry import sum_counters, worker_metrics
+from proxy.tls import server_tls
 from storage.doctor import Balance, live_writers
 from storage.errors import DatabaseUnavailable, DatabaseUrlError
 from storage.journal import DROP_REASONS, directory_bytes
+
+log = logging.getLogger("burstgate.control")
 
 BALANCE_AGE_S = 10.0
 """How old the database's and the journal's part of the metrics may be: a scrape never waits for the database."""
@@ -53,6 +61,16 @@ class _Balances:
             except (DatabaseUnavailable, DatabaseUrlError, OSError):
                 self.is_database_up = False
             await asyncio.sleep(BALANCE_AGE_S)
+
+
+async def _watch_certificate(app: FastAPI) -> None:
+    while True:
+        await asyncio.sleep(1.0)
+        try:
+            if app.state.tls is not None and app.state.tls.refresh():
+                log.warning("the control plane's certificate was read again")
+        except ConfigError as error:  # the old one stays
+            log.error("%s", error)
 
 
 class _Metrics(Collector):
@@ -108,11 +126,15 @@ def build_control(settings: Settings) -> FastAPI:
     started_s = time.monotonic()
     version = importlib.metadata.version("burstgate")
 
+    key_keeper = KeyKeeper(settings)
+
     async def lifespan(app: FastAPI) -> Any:
+        key_keeper.recall()
         async with asyncio.TaskGroup() as tasks:
-            keeper = tasks.create_task(balances.keep())
+            chores = [tasks.create_task(each) for each in (balances.keep(), key_keeper.keep(), _watch_certificate(app))]
             yield
-            keeper.cancel()
+            for chore in chores:
+                chore.cancel()
 
     app = FastAPI(
         title="burstgate control plane",
@@ -123,6 +145,10 @@ def build_control(settings: Settings) -> FastAPI:
     )
 
     app.state.settings = settings
+    app.state.keeper = key_keeper
+    app.state.tls = None
+    app.add_middleware(AdminGate, keeper=key_keeper, settings=lambda: app.state.settings)
+    app.include_router(keys_router(key_keeper))
 
     def as_json(value: object) -> Response:
         return Response(msgspec.json.encode(value), media_type="application/json")
@@ -171,20 +197,26 @@ def build_control(settings: Settings) -> FastAPI:
 def run_control(task: ChildTask) -> None:
     """Serve until told to stop."""
     app = build_control(task.settings)
+    tls = server_tls("tls.control_cert_file", task.settings.tls.control_cert_file, task.settings.tls.control_key_file)
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         ws="none",
         timeout_graceful_shutdown=2,
+        proxy_headers=False,  # whose address counts as wrong tokens' is not for a header to say
     )
+    config.load()
+    if tls is not None:
+        config.ssl = tls.context
+        app.state.tls = tls
     server = uvicorn.Server(config)
 
     def stop() -> None:
         server.should_exit = True
 
     def reload(settings: Settings) -> None:
-        app.state.settings = settings
+        app.state.settings = app.state.keeper.settings = settings
 
     watch_parent(stop, reload)
     task.tell_ready_when(lambda: server.started)

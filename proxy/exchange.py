@@ -15,10 +15,11 @@ import functools
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+from proxy.access import Access, RouteRules, access_of
 from proxy.answer_head import AnswerHead
 from proxy.errors import GatewayError, error_body
 from proxy.estimates import Estimates
@@ -33,6 +34,7 @@ from proxy.upstream import Fleet, Selection, Upstream
 from proxy.watch import Timers, Watch
 from storage.entries import Begun
 from storage.journal import JournalWriter, NotRecording, Unrecorded
+from storage.key_file import CachedKey
 from traces.record import LogType, Outcome, TokenSource, TraceRecord
 from wire import latency
 from wire.accounting import Account, Accounted, NoAccount, StreamAccount, UnaryAccount
@@ -92,12 +94,19 @@ class Gateway:
         metrics: WorkerMetrics,
         sessions: SessionTable,
         secret: bytes,
+        key_secret: bytes | None = None,
+        keys: Sequence[CachedKey] | None = None,
     ) -> None:
+        """key_secret: under which keys are hashed, `secret` by default. keys: those that are valid."""
         self.fleet = fleet
         self.journal = journal
         self.metrics = metrics
         self.sessions = sessions
         self.secret = secret
+        self._key_secret = key_secret or secret
+        self._keys = keys
+        self.keys_used: set[str] = set()
+        """Ids of keys, until somebody takes note of them."""
         self.estimates = Estimates()
         self.last_answer = AnswerHead([], 0, bytes)
         """Of the last answer: an upstream repeats itself."""
@@ -122,6 +131,16 @@ class Gateway:
         self.keeps_prefixes = settings.record.prefix_blocks
         self.retry_statuses = frozenset(settings.retry.statuses)
         self.watch.timers = Timers.of(settings.timeouts)
+        self.is_tls = settings.tls.cert_file is not None
+        routes = settings.routes
+        rules = RouteRules(deny_management=routes.deny_management, allow=routes.allow, deny=routes.deny)
+        self.refuses = functools.lru_cache(maxsize=1024)(rules.refuses)
+        self.take_keys(self._keys)
+
+    def take_keys(self, keys: Sequence[CachedKey] | None) -> None:
+        """Other keys are valid from now on."""
+        self._keys = keys
+        self.access = access_of(keys, self._key_secret, required=self.settings.keys.required)
 
     def apply(self, settings: Settings) -> None:
         """Take over a reloaded configuration; requests that run keep what they have been told."""
@@ -158,7 +177,7 @@ class Request(Incoming):
 
     __slots__ = ("_body", "_comment_ns", "_has_sent", "_is_event_stream", "_is_prepared", "_is_sized", "_lines",
                  "_parts", "_ready_ns", "_size", "_task", "_upload", "account", "answered", "begun", "body_bytes",
-                 "client_gone", "endpoint", "error", "exchange", "facts", "family", "gateway", "is_over",
+                 "client_gone", "endpoint", "error", "exchange", "facts", "family", "gateway", "granted", "is_over",
                  "is_recorded", "keys", "log_type", "model", "path", "prefix", "received_at", "request_id",
                  "selection", "sends_usage", "session", "shown_id", "start_ns", "status", "tenant", "timed_out",
                  "upstream")  # fmt: skip
@@ -184,6 +203,8 @@ class Request(Incoming):
         self.session: str | None = head.session
         self.tenant: str | None = None
         """Whom it is accounted to."""
+        self.granted: CachedKey | None = None
+        """The client's key, where it has shown one of ours."""
         self.keys: ConversationKeys | None = None
         self.prefix: tuple[int, ...] | None = None
         self.log_type = LogType.API
@@ -226,13 +247,32 @@ class Request(Incoming):
 
     def start(self) -> None:
         """Its turn has come."""
-        self.gateway.watch.add(self)
-        if (self.content_length or 0) > self.gateway.body_limit or self._size > self.gateway.body_limit:
+        gateway = self.gateway
+        gateway.watch.add(self)
+        if gateway.refuses(self.target):
+            gateway.metrics.route_refused()
+            self._refuse(GatewayError(403, "route_not_allowed", "this route is not for clients (routes)"))
+        elif gateway.access is not None and not self._is_granted(gateway.access):
+            return
+        elif (self.content_length or 0) > self.gateway.body_limit or self._size > self.gateway.body_limit:
             self._refuse(self._too_large())
         elif self.is_whole:
             self._whole()
         elif self.head.expects_continue and not self._size and not self.is_http_10:
             self.connection.ask_for_body()
+
+    def _is_granted(self, access: Access) -> bool:
+        """Whether its key is good, or it needs none."""
+        found = access.check(self.head, self.received_at)
+        if isinstance(found, GatewayError):
+            self.gateway.metrics.key_refused()
+            self._refuse(found)
+            return False
+        if found is not None:
+            self.granted = found
+            self.tenant = found.tenant
+            self.gateway.keys_used.add(found.key_id)
+        return True
 
     def received(self, data: bytes) -> None:
         """A piece of the body."""
@@ -391,7 +431,8 @@ class Request(Incoming):
         if session is None and gateway.infers_sessions:
             session = self._infer_session(gateway.sessions)
         self.session = session
-        log_type = self.head.log_type or gateway.default_log_type
+        log_type = self.head.log_type or (self.granted.log_type if self.granted is not None else None)
+        log_type = log_type or gateway.default_log_type
         self.log_type = log_type or (LogType.API if session is None else LogType.CONVERSATION)
 
     def _infer_session(self, table: SessionTable) -> str | None:
@@ -474,8 +515,7 @@ class Request(Incoming):
                 if asking is not None:
                     body = asking
                     self.sends_usage = True
-            head = self.head
-            lines = b"%bx-request-id: %b\r\n" % (head.lines, self.shown_id)
+            lines = b"%bx-request-id: %b\r\n" % (self._lines_for(upstream), self.shown_id)
             if body or self.content_length is not None or self.method in _WITH_LENGTH:
                 lines += b"content-length: %d\r\n" % len(body)
             exchange = upstream.client.start(self.method, self.target, lines, body)
@@ -486,6 +526,12 @@ class Request(Incoming):
             self._task = self.gateway.spawn(self._connect(upstream, lines, body))
         else:
             self._task = self.gateway.spawn(self._send_upload(upstream, upload or Upload(self.connection, [body])))
+
+    def _lines_for(self, upstream: Upstream) -> bytes:
+        """The client's headers for an upstream. A key of ours is none of its business, and its own is not ours."""
+        if upstream.credential:
+            return self.head.bare_lines + upstream.credential
+        return self.head.lines if self.granted is None else self.head.bare_lines
 
     async def _connect(self, upstream: Upstream, lines: bytes, body: bytes) -> None:
         """As `_forward`, where a connection must be made first."""
@@ -502,7 +548,7 @@ class Request(Incoming):
         """Send a body that is still arriving, or one with trailers."""
         if self._upload is None:
             upload.end()
-        lines = b"%bx-request-id: %b\r\n" % (self.head.lines, self.shown_id)
+        lines = b"%bx-request-id: %b\r\n" % (self._lines_for(upstream), self.shown_id)
         is_chunked = self.content_length is None
         if not is_chunked:
             lines += b"content-length: %d\r\n" % (self.content_length or 0)
@@ -536,7 +582,7 @@ class Request(Incoming):
     async def _list_models(self) -> None:
         """The models of all upstreams as one list."""
         try:
-            body = await self.gateway.fleet.models(self.head.forward)
+            body = await self.gateway.fleet.models(self.head.forward if self.granted is None else self.head.bare)
         except Exception:  # noqa: BLE001 (see `_whole`)
             self._task = None
             self._defect()
@@ -734,6 +780,8 @@ class Request(Incoming):
         """An answer of the gateway's own, after its record."""
         self.answered = True
         lines = b"content-type: application/json\r\ncontent-length: %d\r\n%b" % (len(body), self._own_lines(None))
+        if status == 401:
+            lines += b"www-authenticate: Bearer\r\n"  # RFC 9110, section 11.6.1
         self._over()
         self.connection.begin(status, lines, is_sized=True)
         self.connection.end(b"" if self.method == b"HEAD" else body)
@@ -765,7 +813,8 @@ class Request(Incoming):
         there = (b"https://" if url.is_tls else b"http://") + url.authority + url.prefix
         if not location.startswith(there):
             return location
-        return b"http://%b%b" % (self.head.host, location[len(there) :])
+        scheme = b"https" if self.gateway.is_tls else b"http"
+        return b"%b://%b%b" % (scheme, self.head.host, location[len(there) :])
 
     def _new_account(self, status: int, head: AnswerHead) -> Account:
         if head.is_encoded:

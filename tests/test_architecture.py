@@ -89,7 +89,7 @@ def test_tests_are_imported_by_tests_only() -> None:
             {"proxy/telemetry.py", "proxy/control.py", "replay/scaling.py", "replay/scrape.py", "replay/simulator/*"},
         ),
         ("alembic", {"storage/engine.py", "migrations/env.py", "migrations/versions/*"}),
-        ("fastapi", {"proxy/app.py", "proxy/control.py", "replay/simulator/server.py"}),
+        ("fastapi", {"proxy/app.py", "proxy/control.py", "proxy/control_*.py", "replay/simulator/server.py"}),
         ("uvicorn", {"proxy/app.py", "proxy/control.py", "replay/simulator/server.py", "replay/simulator/__main__.py"}),
         ("typer", {"proxy/cli.py", "proxy/commands/*"}),
         ("tokenizers", {"replay/tokenizer.py"}),
@@ -126,7 +126,7 @@ def test_room_keeps_out(room: str, systems: set[str]) -> None:
 PURE = ["wire/sse.py", "wire/openai.py", "wire/shapes.py", "wire/accounting.py", "wire/latency.py", "wire/http1.py",
         "traces/record.py", "traces/batch.py", "storage/frame.py", "storage/entries.py",
         "proxy/balance.py", "proxy/request_head.py", "proxy/answer_head.py", "proxy/estimates.py",
-        "proxy/errors.py", "replay/timeline.py", "replay/verdict.py"]  # fmt: skip
+        "proxy/errors.py", "proxy/access.py", "replay/timeline.py", "replay/verdict.py"]  # fmt: skip
 
 
 @pytest.mark.parametrize("file", PURE)

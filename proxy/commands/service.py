@@ -75,11 +75,24 @@ def serve(
         with contextlib.suppress(OSError):  # a terminal that was closed
             print(f"burstgate: {line}", file=sys.stderr, flush=True)
 
+    def check_security(settings: Settings) -> None:
+        """What a start would fail on, in one line. Raises ConfigError."""
+        from proxy.admin_auth import check_reachable
+        from proxy.tls import server_tls
+        from proxy.upstream import read_api_key
+
+        server_tls("tls.cert_file", settings.tls.cert_file, settings.tls.key_file)
+        server_tls("tls.control_cert_file", settings.tls.control_cert_file, settings.tls.control_key_file)
+        for each in settings.upstreams:
+            read_api_key(each)
+        check_reachable(settings)
+
     handover = None if check else take_handover()
     settings = load() if handover is None else settings_after(handover, load, warn)
     if handover is None:  # else the trial run has done it: from here on, nothing may fail
         prepare_data_dir(settings)
         open_engine(settings.database).dispose()
+        check_security(settings)
     if check:
         for module in ("proxy.app", "proxy.record", "proxy.control"):
             importlib.import_module(module)
