@@ -1,4 +1,4 @@
-"""The admin API for keys: made, listed, revoked, rotated. A key itself is in the answer that makes it, and only there."""
+"""The admin API for keys: made, listed, revoked, rotated. A key is in the answer that makes it, and only there."""
 
 from __future__ import annotations
 

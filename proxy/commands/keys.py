@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from proxy.commands.common import Config, DatabaseUrl, DataDir, Json, app, load_config, open_database, prepare_data_dir
 from proxy.config_error import ConfigError
@@ -64,7 +63,7 @@ def _say_made(key: ApiKey, token: str, json: bool) -> None:
     print(token)
     ends = "never expires" if key.expires_at is None else f"expires {_stamp(key.expires_at)}"
     of = f"tenant {key.tenant}" if key.tenant is not None else f"role {key.role}" if key.role else "no tenant"
-    Console(stderr=True, highlight=False).print(f"{key.key_id} ({key.name}, {of}, {ends}); it is not shown again")
+    print(f"{key.key_id} ({key.name}, {of}, {ends}); it is not shown again", file=sys.stderr)
 
 
 def _stamp(epoch_s: float | None) -> str:
@@ -141,16 +140,17 @@ def keys_list(
     if json:
         print(msgspec.json.encode(found).decode())
         return
-    table = Table("id", "begins", "name", "tenant or role", "state", "created", "expires", "last used", "limits",
-                  box=None, pad_edge=False)  # fmt: skip
+    rows = [("id", "begins", "name", "tenant or role", "state", "created", "expires", "last used", "limits")]
     for key in found:
         limits = msgspec.structs.asdict(key.limits)
         said = ", ".join(f"{name} {value:g}" for name, value in limits.items() if value is not None)
-        table.add_row(
+        rows.append((
             key.key_id, key.prefix, key.name, key.tenant or key.role or "", key.state, _stamp(key.created_at),
             _stamp(key.expires_at), str(key.last_used_day or ""), said,
-        )  # fmt: skip
-    Console(highlight=False, soft_wrap=True, markup=False).print(table)
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
 @keys_app.command("revoke")
