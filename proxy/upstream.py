@@ -101,7 +101,7 @@ class Upstream:
         if not self.credential:
             return headers
         name, _, value = self.credential[:-2].partition(b": ")
-        return [*(header for header in headers if header[0].lower() not in CREDENTIALS), (name, value)]
+        return [header for header in headers if header[0].lower() not in CREDENTIALS] + [(name, value)]
 
     def connect_failed(self) -> None:
         """Pass it over for a while."""

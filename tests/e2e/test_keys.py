@@ -83,12 +83,6 @@ def key_id(installation: Installation, key: str) -> str:
     return line.split()[0]
 
 
-def test_a_key_that_expires_stops(guarded: Installation) -> None:
-    key = keys(guarded, "create", "brief", "--expires-in", "3s")
-    until(guarded, key, 200)
-    wait_until(lambda: status(guarded, key) == 401, 5.0, "the key has expired")
-
-
 def test_keys_work_and_stay_revoked_without_a_database(guarded: Installation) -> None:
     good, revoked = keys(guarded, "create", "good"), keys(guarded, "create", "bad")
     until(guarded, revoked, 200)
