@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,11 @@ def keys(installation: Installation, *arguments: str) -> str:
 
 def status(installation: Installation, key: str | None) -> int:
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
-    return httpx.post(f"{installation.gateway_url}/v1/chat/completions", json=ASK, headers=headers).status_code
+    try:
+        url = f"{installation.gateway_url}/v1/chat/completions"
+        return httpx.post(url, json=ASK, headers=headers, timeout=20.0).status_code
+    except httpx.HTTPError:  # its worker was killed
+        return 0
 
 
 def until(installation: Installation, key: str, expected: int) -> None:
@@ -149,7 +154,7 @@ def test_tls_at_both_listeners(simulator: str, tmp_path: Path) -> None:
     }
     with Installation(simulator, data_dir=tmp_path / "data", env=env) as made:
         assert made.gateway_url.startswith("https://")
-        with httpx.Client(verify=str(certificate)) as client:
+        with httpx.Client(verify=ssl.create_default_context(cafile=certificate)) as client:
             for stream in (False, True):
                 answer = client.post(f"{made.gateway_url}/v1/chat/completions", json={**ASK, "stream": stream})
                 assert answer.status_code == 200
@@ -166,7 +171,10 @@ def test_tls_at_both_listeners(simulator: str, tmp_path: Path) -> None:
 
         def is_renewed() -> bool:
             try:
-                return httpx.get(f"{made.gateway_url}/health", verify=str(other)).status_code == 200
+                return (
+                    httpx.get(f"{made.gateway_url}/health", verify=ssl.create_default_context(cafile=other)).status_code
+                    == 200
+                )
             except httpx.ConnectError:
                 return False
 
@@ -182,7 +190,7 @@ def test_secrets_are_not_shown(simulator: str, tmp_path: Path) -> None:
     shown = burstgate("config", "show", "--config", config)
     assert shown.returncode == 0
     assert "SECRET" not in shown.stdout
-    assert '"api_key": "***"' in shown.stdout
+    assert "***" in shown.stdout
     config.write_text(f"upstreams:\n  - url: {simulator}\n    api_key: SECRET-inline\n    weight: -1\n")
     done = burstgate("config", "check", "--config", config)
     assert done.returncode == 2

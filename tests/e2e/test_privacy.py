@@ -173,8 +173,8 @@ def places(made: Installation, texts: tuple[str, ...]) -> set[str]:
     with httpx.Client(
         base_url=made.control_url, timeout=30.0, headers={"authorization": f"Bearer {SECRETS[3]}"}
     ) as client:
-        for path in ("/metrics", "/api/v1/status", "/api/v1/doctor", "/api/v1/keys", "/openapi.json", "/nothing"):
-            said[path] = client.get(path).text
+        for page in ("/metrics", "/api/v1/status", "/api/v1/doctor", "/api/v1/keys", "/openapi.json", "/nothing"):
+            said[page] = client.get(page).text
     return found | {f"{place}: {text}" for place, shown in said.items() for text in texts if text in shown}
 
 

@@ -384,7 +384,7 @@ async def test_an_upstreams_key_replaces_the_clients(tmp_path: Path) -> None:
 )
 @in_loop
 async def test_a_client_can_not_choose_the_upstream(
-    tmp_path: Path, target: bytes, headers: list[tuple[bytes, bytes]], more: dict[str, str]
+    tmp_path: Path, target: bytes, headers: list[tuple[bytes, bytes]], more: dict[str, Any]
 ) -> None:
     async with Upstream(plain(chat_answer())) as ours, Upstream(plain(b"stolen")) as elsewhere:
         there = elsewhere.url.removeprefix("http://")
