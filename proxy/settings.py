@@ -66,6 +66,9 @@ class UpstreamSettings(_Frozen):
     ca_file: Path | None = Field(None, description="certificates to trust, PEM; default: the system's")
     cert_file: Path | None = Field(None, description="the gateway's own certificate, PEM")
     key_file: Path | None = Field(None, description="its key, PEM; default: in cert_file")
+    api_key: str | None = Field(None, repr=False, min_length=1, description="sent in place of the client's key")
+    api_key_env: str | None = Field(None, min_length=1, description="environment variable that holds it")
+    api_key_file: Path | None = Field(None, description="file that holds it; read again when it changes")
 
     @model_validator(mode="before")
     @classmethod
@@ -85,6 +88,8 @@ class UpstreamSettings(_Frozen):
             raise ValueError("ca_file, cert_file and key_file are for https:// upstreams")
         if self.key_file is not None and self.cert_file is None:
             raise ValueError("key_file needs a cert_file")
+        if sum(each is not None for each in (self.api_key, self.api_key_env, self.api_key_file)) > 1:
+            raise ValueError("one of api_key, api_key_env and api_key_file is enough")
         return self
 
     def __str__(self) -> str:
@@ -578,13 +583,76 @@ class MirrorSettings(_Frozen):
         return value
 
 
+class KeySettings(_Frozen):
+    """Clients' API keys: Authorization: Bearer KEY, or x-api-key."""
+
+    required: bool = Field(False, description="refuse requests without a key of this gateway's (burstgate keys)")
+    secret_file: Path | None = Field(
+        None, description="what keys are hashed with, the same on all hosts of a database; default: data_dir/secret"
+    )
+
+
+class RouteSettings(_Frozen):
+    """What clients may ask upstreams for: paths, or all below one, as /internal/*."""
+
+    deny_management: bool = Field(True, description="refuse vLLM's management: /sleep, LoRA loading and the like")
+    allow: tuple[str, ...] = Field((), description="paths to let through, with /* all below one")
+    deny: tuple[str, ...] = Field((), description="paths to refuse, with /* all below one")
+
+    @field_validator("allow", "deny", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return _split_text(value)
+
+    @field_validator("allow", "deny")
+    @classmethod
+    def _paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for path in value:
+            if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+(/\*)?|/\*?", path):
+                raise ValueError(f"expected a path such as /metrics or /internal/*, got {path!r}")
+        return value
+
+
+class TlsSettings(_Frozen):
+    """HTTPS for clients and for the control plane. Files that are replaced are read again within a second."""
+
+    cert_file: Path | None = Field(None, description="the gateway's certificate and its chain, PEM; without it HTTP")
+    key_file: Path | None = Field(None, description="its key, PEM; default: in cert_file")
+    control_cert_file: Path | None = Field(None, description="the control plane's certificate, PEM; without it HTTP")
+    control_key_file: Path | None = Field(None, description="its key, PEM; default: in control_cert_file")
+
+    @model_validator(mode="after")
+    def _pairs(self) -> TlsSettings:
+        if self.key_file is not None and self.cert_file is None:
+            raise ValueError("key_file needs a cert_file")
+        if self.control_key_file is not None and self.control_cert_file is None:
+            raise ValueError("control_key_file needs a control_cert_file")
+        return self
+
+
+class ControlSettings(_Frozen):
+    """Who may use the control plane. Beyond loopback always somebody with a token (burstgate keys admin create)."""
+
+    require_token: bool = Field(False, description="ask for a token on loopback too")
+    token_env: str | None = Field(None, min_length=1, description="environment variable that holds an admin token")
+    tokens_file: Path | None = Field(None, description="file of tokens: viewer, operator or admin, and a token, a line")
+    hosts: tuple[str, ...] = Field((), description="names by which it may be asked without a token, beside loopback's")
+    read_only: bool = Field(False, description="refuse whatever changes something")
+    open_metrics: bool = Field(False, description="/metrics without a token")
+
+    @field_validator("hosts", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return _split_text(value)
+
+
 class Settings(_Frozen):
     """Everything that `burstgate serve` can be told."""
 
     upstreams: tuple[UpstreamSettings, ...] = Field(
         (),
         description="base URLs of the vLLM servers; in the file also mappings of url, name, weight, models, drain, "
-        "ca_file, cert_file, key_file",
+        "ca_file, cert_file, key_file, api_key, api_key_env, api_key_file",
     )
     aliases: dict[str, str] = Field({}, description="other names for models: {alias: model}")
     fallbacks: dict[str, tuple[str, ...]] = Field(
@@ -613,6 +681,10 @@ class Settings(_Frozen):
     log: LogSettings = LogSettings()
     injection: InjectionSettings = InjectionSettings()
     mirror: MirrorSettings = MirrorSettings()
+    keys: KeySettings = KeySettings()
+    routes: RouteSettings = RouteSettings()
+    tls: TlsSettings = TlsSettings()
+    control: ControlSettings = ControlSettings()
 
     @field_validator("upstreams", mode="before")
     @classmethod
@@ -666,7 +738,7 @@ class Settings(_Frozen):
 
 NEED_STOP = ("host", "port", "control_host", "control_port", "data_dir", "database_url")
 """Settings, or groups of them, that a running installation keeps until it is stopped and started."""
-NEED_RESTART = ("gateway", "journal", "record")
+NEED_RESTART = ("gateway", "journal", "record", "tls")
 """Those that new processes take up: a zero-downtime restart will do. All others change while running."""
 
 
@@ -856,11 +928,12 @@ def _first_problem(error: ValidationError, sources: Mapping[str, str]) -> str:
 
 
 _PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^\s'\"]*@")
+_API_KEY = re.compile(r"""(?<=api_key['"]: )(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 _PASSWORD_OPTION = re.compile(r"(?<=password=)[^&\s'\"]*", re.IGNORECASE)
 
 
 def _without_secrets(text: str) -> str:
-    return _PASSWORD_OPTION.sub("***", _PASSWORD.sub(r"\1:***@", text))
+    return _API_KEY.sub("***", _PASSWORD_OPTION.sub("***", _PASSWORD.sub(r"\1:***@", text)))
 
 
 def show_setting(key: str, value: Any) -> str:
@@ -876,6 +949,8 @@ def show_value(value: Any) -> str:
         return _without_secrets(json.dumps(value, ensure_ascii=False)) if value else "(none)"
     if isinstance(value, UpstreamSettings):
         said = value.model_dump(mode="json", exclude_defaults=True, exclude={"url"})
+        if "api_key" in said:
+            said["api_key"] = "***"
         return _without_secrets(f"{value} {json.dumps(said, ensure_ascii=False)}" if said else str(value))
     if isinstance(value, MirrorTargetSettings):
         said = value.model_dump(mode="json", exclude_defaults=True, exclude={"url"})

@@ -85,6 +85,8 @@ WORKER_COUNTERS = (
     "usage_unknown",
     "accounting_errors",
     "retries",
+    "keys_refused",
+    "routes_refused",
     *(f"outcome_{outcome.value}" for outcome in Outcome),
     "spans_exported",
     "spans_dropped_queue",
@@ -115,6 +117,8 @@ _RESPONSE_TOKENS = _SLOT["response_tokens"]
 _USAGE_UNKNOWN = _SLOT["usage_unknown"]
 _ACCOUNTING_ERRORS = _SLOT["accounting_errors"]
 _RETRIES = _SLOT["retries"]
+_KEYS_REFUSED = _SLOT["keys_refused"]
+_ROUTES_REFUSED = _SLOT["routes_refused"]
 # By text: an enum's own hash is a call in Python.
 _OUTCOMES = {outcome.value: _SLOT[f"outcome_{outcome.value}"] for outcome in Outcome}
 _EXEMPLAR_DUE: Final = _SLOT["exemplars"] + 1
@@ -222,6 +226,14 @@ class WorkerMetrics:
     def retried(self) -> None:
         """A request went to another upstream."""
         self._slots[_RETRIES] += 1
+
+    def key_refused(self) -> None:
+        """A request had no key that is good."""
+        self._slots[_KEYS_REFUSED] += 1
+
+    def route_refused(self) -> None:
+        """A request asked for what is not for clients."""
+        self._slots[_ROUTES_REFUSED] += 1
 
     def accounting_failed(self) -> None:
         """An answer could not be accounted for; its bytes passed on."""
@@ -430,6 +442,12 @@ def worker_metrics(values: Mapping[str, int], examples: Mapping[int, Example] | 
     )
     yield CounterMetricFamily("burstgate_upstream_retries", "Requests sent to another upstream.", get("retries"))
     yield CounterMetricFamily("burstgate_injected_faults", "Faults injected into clients' requests.", get("faults"))
+    yield CounterMetricFamily(
+        "burstgate_keys_refused", "Requests refused for want of a good API key.", get("keys_refused")
+    )
+    yield CounterMetricFamily(
+        "burstgate_routes_refused", "Requests for routes that are not for clients.", get("routes_refused")
+    )
     yield CounterMetricFamily("burstgate_journal_bytes", "Bytes appended to the journal.", get("journal_bytes"))
     yield GaugeMetricFamily("burstgate_requests_in_flight", "Requests in the gateway now.", get("in_flight"))
     yield GaugeMetricFamily(
