@@ -46,7 +46,7 @@ from traces.table import READS, Service, collect, services, view
 FIELDS: Final = READS
 """The fields of a record that an analysis reads."""
 MOST_SERVICES: Final = 8
-MOST_FITS: Final = 15_000
+MOST_FITS: Final = 200_000
 """Windows of 5 minutes that are fitted one by one; of more (52 days of them), every fifth, seventh, ..."""
 BOUNDS: Final = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "elapsed_s", "queue": "queue_s"}
 """Names of objectives, and the columns that they bound."""

@@ -56,6 +56,8 @@ DayZero = Annotated[
     datetime.datetime | None, typer.Option("--day-zero", formats=["%Y-%m-%d"], help="Timestamp 0's day.")
 ]
 Format = Annotated[str | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")]
+FILE_BATCH_ROWS = 262_144
+"""Rows of a file that statistics take at a time: of half a dozen columns, some 25 MB."""
 TraceOrDatabase = Annotated[Path | None, typer.Argument(help="A trace file; without it, the database.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write everything as JSON; - is standard output.")]
 
@@ -235,11 +237,11 @@ def matching_rows(
 
     if trace is not None:
         clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone or "UTC")
-        batches = read_trace(trace, format=format, clock=clock, fields=(*READS, "run_id"))
+        batches = read_trace(trace, format=format, clock=clock, fields=(*READS, "run_id"), batch_rows=FILE_BATCH_ROWS)
         yield (matching(batch, selection) for batch in batches)
         return
     with open_database(*database) as engine:
-        yield read_batches(engine, selection)
+        yield read_batches(engine, selection, fields=READS)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from proxy.commands.common import (
+    FILE_BATCH_ROWS,
     Config,
     DatabaseUrl,
     DataDir,
@@ -193,7 +194,7 @@ def stats(
     """Requests, rates, tokens and failures of a trace file or of the database."""
     from storage.query import matching, read_batches
     from traces.codec import read_trace
-    from traces.summary import render, summarize
+    from traces.summary import FIELDS, render, summarize
 
     check_format(format)
     check_timezone(timezone)
@@ -202,10 +203,12 @@ def stats(
         stamp_s(start, timezone, "--from"), stamp_s(end, timezone, "--to"),
     )  # fmt: skip
     if trace is not None:
-        summary = summarize(matching(batch, selection) for batch in read_trace(trace, format=format))
+        fields = (*FIELDS, "origin", "run_id")
+        batches = read_trace(trace, format=format, fields=fields, batch_rows=FILE_BATCH_ROWS)
+        summary = summarize(matching(batch, selection) for batch in batches)
     else:
         with open_database(config, data_dir, database_url) as engine:
-            summary = summarize(read_batches(engine, selection))
+            summary = summarize(read_batches(engine, selection, fields=FIELDS))
     if json:
         print(msgspec.json.encode(summary).decode())
     else:
@@ -227,7 +230,7 @@ def fit(
     check_format(format)
     check_timezone(timezone)
     clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone)
-    profile = fit_profile(read_trace(trace, format=format, clock=clock, fields=FIELDS))
+    profile = fit_profile(read_trace(trace, format=format, clock=clock, fields=FIELDS, batch_rows=FILE_BATCH_ROWS))
     with whole_file(output) as stream:
         stream.write(encode_profile(profile))
     print(
