@@ -222,15 +222,26 @@ def fit(
     format: Format = None,
     timezone: Annotated[str, typer.Option(help="IANA name.")] = "UTC",
     day_zero: DayZero = None,
+    privacy: Annotated[
+        bool, typer.Option("--privacy", help="No number of fewer requests or sessions than --min-count.")
+    ] = False,
+    min_count: Annotated[int | None, typer.Option(help="With --privacy.  [default: 20]")] = None,
 ) -> None:
     """Make a workload profile of a trace: rates, burstiness, lengths and sessions, with no name and no id in it."""
     from traces.codec import read_trace
-    from traces.profile import FIELDS, encode_profile, fit_profile
+    from traces.profile import FIELDS, PRIVATE_COUNT, encode_profile, fit_profile
 
     check_format(format)
     check_timezone(timezone)
+    if min_count is not None and not privacy:
+        raise ConfigError("--min-count: it needs --privacy")
+    if min_count is not None and min_count < 2:
+        raise ConfigError(f"--min-count: expected 2 or more, got {min_count}")
     clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone)
-    profile = fit_profile(read_trace(trace, format=format, clock=clock, fields=FIELDS, batch_rows=FILE_BATCH_ROWS))
+    profile = fit_profile(
+        read_trace(trace, format=format, clock=clock, fields=FIELDS, batch_rows=FILE_BATCH_ROWS),
+        least=(min_count or PRIVATE_COUNT) if privacy else 1,
+    )
     with whole_file(output) as stream:
         stream.write(encode_profile(profile))
     print(
