@@ -152,7 +152,7 @@ def _weeks(each: Periodicity, name: str, suffix: str) -> Chart:
     ]  # fmt: skip
     return Chart(
         f"weeks{suffix}", f"Requests by week and weekday: {name}",
-        "Each cell is a day: rows that look alike are a weekly rhythm, pale columns its days off."
+        "Each cell is a day: rows that look alike are a weekly rhythm, dark columns its days off."
         f"{cut}",
         "weekday", "week of", _table(rows, {"week_of": pl.String, "weekday": pl.String, "requests": pl.Int64}),
         x="weekday", y="week_of", value="requests", mark="heat",

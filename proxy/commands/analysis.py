@@ -94,7 +94,13 @@ def analyze(
         if figures is not None:
             check_available()
         bounds_s = {} if slo is None else parse_bounds(slo)
-        options = Options(zone=timezone or "UTC", slo=availability, bounds_s=bounds_s, most_services=services)
+        options = Options(
+            zone=timezone or "UTC",
+            slo=availability,
+            bounds_s=bounds_s,
+            most_services=services,
+            all_origins=bool(origin or run_id),
+        )
         check_options(options)
     except FiguresMissing as error:
         raise ConfigError(f"--figures: {error}") from None
@@ -177,7 +183,7 @@ def failures(
     check_format(format)
     check_timezone(timezone)
     try:
-        options = Options(zone=timezone or "UTC", slo=availability)
+        options = Options(zone=timezone or "UTC", slo=availability, all_origins=bool(origin or run_id))
         check_options(options)
     except ValueError as error:
         raise ConfigError(f"--{error}") from None
