@@ -64,7 +64,8 @@ def draw(chart: Chart, stream: BinaryIO, form: str) -> None:
     from matplotlib.figure import Figure
 
     # No pyplot: it keeps every figure, and asks for a screen.
-    with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
+    settings: dict[Any, Any] = {**mpl.rcParamsDefault, **STYLE}
+    with mpl.rc_context(settings):
         figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
@@ -118,11 +119,12 @@ def _line(axes: Any, chart: Chart) -> None:
 
 
 def _dated(axes: Any) -> None:
-    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    from matplotlib import dates
 
-    locator = AutoDateLocator(maxticks=MOST_NAMED)
+    kit: Any = dates  # it has no types
+    locator = kit.AutoDateLocator(maxticks=MOST_NAMED)
     axes.xaxis.set_major_locator(locator)
-    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    axes.xaxis.set_major_formatter(kit.ConciseDateFormatter(locator))
 
 
 def _bar(axes: Any, chart: Chart) -> None:

@@ -696,7 +696,7 @@ def _fit_growth(pairs: Array, least: int) -> tuple[Growth, ...]:
     if len(pairs) < least:
         return ()
     bins = max(1, min(MAX_GROWTH_BINS, len(pairs) // max(50, least)))
-    edges = np.unique(_quantiles(pairs[:, 0], least, np.arange(bins) / bins))
+    edges: Array = np.unique(np.array(_quantiles(pairs[:, 0], least, (np.arange(bins) / bins).tolist())))
     # With a least count an edge is a mean, and may lie above the least request.
     place = np.maximum(np.searchsorted(edges, pairs[:, 0], side="right") - 1, 0)
     if least > 1:
