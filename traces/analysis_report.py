@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from traces.analysis import Analysis, ArrivalPart, Source
+from traces.analysis import Analysis, ArrivalPart, Source, source_warnings
 from traces.burstiness import Quantiles
 from traces.compare import Axis, Comparison, Difference
 from traces.failures import FailureReport, Group, LoadEffect, Rate, Span
@@ -53,7 +53,7 @@ def render(analysis: Analysis, console: Console) -> None:
 def render_failures(source: Source, failures: FailureReport, console: Console) -> None:
     """Print the failures of a trace."""
     _print_failures(failures, console)
-    _print_warnings([f"{n:,} rows left out: {reason}" for reason, n in source.dropped.items()], console)
+    _print_warnings(source_warnings(source), console)
 
 
 def render_comparison(comparison: Comparison, a: str, b: str, console: Console) -> None:

@@ -39,6 +39,7 @@ from traces.table import view
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 WINDOWS_S: Final = (1, 10, 60)
 """Windows of the indices of dispersion."""
@@ -290,7 +291,8 @@ class _Cells:
 
     A cell is a minute where the trace has MIN_CELLS of them, else 10 s, else 1 s, and longer where more than MAX_CELLS
     would be needed. Columns: requests, failures, gaps, their sum and sum of squares (a gap belongs to the cell of its
-    later arrival), and for each of WINDOWS_S that fits into a cell the sum of squared counts.
+    later arrival), for each of WINDOWS_S that fits into a cell the sum of squared counts, and for each way of failing
+    how many did.
     """
 
     def __init__(self, table: pl.DataFrame) -> None:
@@ -322,6 +324,11 @@ class _Cells:
             counts = np.diff(first, append=len(window))
             place = np.minimum(window[first] * width_s // self.cell_s, cells - 1)
             columns.append(np.bincount(place, np.square(counts), cells))
+        self.outcomes = _outcomes([table])
+        columns += [
+            np.bincount(cell[(table["outcome"] == name).to_numpy()[: len(cell)]], minlength=cells)
+            for name in self.outcomes
+        ]
         self.sums = np.column_stack(columns).astype(np.float64)
 
     def draws(self, options: Options, rng: np.random.Generator) -> Array:
@@ -354,6 +361,8 @@ class _Cells:
                 "cv": np.sqrt(np.maximum(gap_squares / gaps - mean_s**2, 0)) / mean_s,
                 "failure_rate": failures / requests,
             }
+            for name, column in zip(self.outcomes, sums[:, 5 + len(self.windows_s) : -1].T, strict=True):
+                found[name] = column / requests
             for column, width_s in enumerate(self.windows_s, start=5):
                 windows = cells * (self.cell_s / width_s)
                 mean = requests / windows
@@ -393,24 +402,39 @@ def _failures(
     options: Options,
     rng: np.random.Generator,
 ) -> Axis:
-    """The share of requests that failed, all rows, resampled by blocks.
+    """The shares of requests that failed and of each outcome that either trace has, all rows, resampled by blocks.
 
-    Where a trace is too short for blocks, or where none or all failed, of which every resample would be the same: draws
-    of the share's posterior under Jeffreys' prior, Beta(failures + 1/2, rest + 1/2).
+    Where a trace is too short for blocks, or where none or all are so, of which every resample would be the same: draws
+    of the share's posterior under Jeffreys' prior, Beta(rows that are so + 1/2, rest + 1/2).
     """
 
-    def figure(table: pl.DataFrame, resampled: _Figure) -> _Figure:
+    def figure(table: pl.DataFrame, rows: Flags, resampled: _Figure) -> _Figure:
         if not table.height:
             return NOTHING
-        failed = int(np.count_nonzero(is_failure(table)))
-        share = failed / table.height
+        there = int(np.count_nonzero(rows))
+        share = there / table.height
         if 0 < share < 1 and len(resampled.draws) and np.isfinite(resampled.draws).all():
             return _Figure(share, resampled.draws)
-        return _Figure(share, rng.beta(failed + 0.5, table.height - failed + 0.5, options.rounds))
+        return _Figure(share, rng.beta(there + 0.5, table.height - there + 0.5, options.rounds))
 
-    figures = [figure(table, each.get("failure_rate", NOTHING)) for table, each in zip(tables, blocks, strict=True)]
-    failure_rate = _difference("failure_rate", figures, options.failure_tolerance, options, is_relative=False)
-    return axis_of("failures", [failure_rate])
+    differences = []
+    for name in ("failure_rate", *_outcomes(tables)):
+        figures = [
+            figure(
+                table,
+                is_failure(table) if name == "failure_rate" else (table["outcome"] == name).to_numpy(),
+                each.get(name, NOTHING),
+            )
+            for table, each in zip(tables, blocks, strict=True)
+        ]
+        differences.append(_difference(name, figures, options.failure_tolerance, options, is_relative=False))
+    return axis_of("failures", differences)
+
+
+def _outcomes(tables: Sequence[pl.DataFrame]) -> list[str]:
+    """The ways of failing that any of the tables has."""
+    seen = {name for table in tables for name in table["outcome"].unique().drop_nulls().to_list()}
+    return [outcome.value for outcome in Outcome if outcome is not Outcome.OK and outcome.value in seen]
 
 
 def _lengths(a: pl.DataFrame, b: pl.DataFrame, options: Options, rng: np.random.Generator) -> Axis:

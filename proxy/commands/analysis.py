@@ -58,6 +58,10 @@ def analyze(
     json: JsonFile = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page that opens offline.")] = None,
     csv_dir: Annotated[Path | None, typer.Option(help="Folder for each figure's numbers as CSV.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for the figures as pictures for papers; needs burstgate[figures].")
+    ] = None,
+    figure_format: Annotated[str, typer.Option(help="Of the pictures: png or svg.")] = "png",
     slo: Annotated[
         str | None,
         typer.Option("--slo", help="Bounds in seconds, as ttft=0.5,tpot=0.05,e2e=10,queue=1; gives goodput."),
@@ -84,13 +88,26 @@ def analyze(
     from traces.analysis import Options, check_options, parse_bounds
     from traces.analysis import analyze as analyzed
     from traces.analysis_report import render
+    from traces.figures import FORMATS, FiguresMissing, check_available
 
     check_format(format)
     check_timezone(timezone)
+    if figure_format not in FORMATS:
+        raise ConfigError(f"--figure-format: expected one of {', '.join(FORMATS)}, got {figure_format!r}")
     try:
+        if figures is not None:
+            check_available()
         bounds_s = {} if slo is None else parse_bounds(slo)
-        options = Options(zone=timezone or "UTC", slo=availability, bounds_s=bounds_s, most_services=services)
+        options = Options(
+            zone=timezone or "UTC",
+            slo=availability,
+            bounds_s=bounds_s,
+            most_services=services,
+            all_origins=bool(origin or run_id),
+        )
         check_options(options)
+    except FiguresMissing as error:
+        raise ConfigError(f"--figures: {error}") from None
     except ValueError as error:
         raise ConfigError(f"--{error}") from None
     for path in (json, html):
@@ -118,6 +135,8 @@ def analyze(
             stream.write(page(found.analysis))
     if csv_dir is not None:
         _write_tables(csv_dir, found)
+    if figures is not None:
+        _write_pictures(figures, figure_format, found)
 
 
 def _write_tables(folder: Path, found: Analyzed) -> None:
@@ -129,6 +148,18 @@ def _write_tables(folder: Path, found: Analyzed) -> None:
     for name, table in (*tables.items(), ("windows", found.windows)):
         with whole_file(folder / f"{name}.csv") as stream:
             table.write_csv(stream)
+
+
+def _write_pictures(folder: Path, form: str, found: Analyzed) -> None:
+    """A picture of each figure that has something to show."""
+    from traces.charts import charts
+    from traces.figures import draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for chart in charts(found.analysis):
+        if not chart.is_empty:
+            with whole_file(folder / f"{chart.name}.{form}") as stream:
+                draw(chart, stream, form)
 
 
 @app.command()
@@ -159,7 +190,7 @@ def failures(
     check_format(format)
     check_timezone(timezone)
     try:
-        options = Options(zone=timezone or "UTC", slo=availability)
+        options = Options(zone=timezone or "UTC", slo=availability, all_origins=bool(origin or run_id))
         check_options(options)
     except ValueError as error:
         raise ConfigError(f"--{error}") from None

@@ -16,6 +16,7 @@ from traces.batch import SCHEMA, batch_from_records
 from traces.codec import UNIX_CLOCK
 from traces.record import OWN_ORIGINS, LogType, Origin, Outcome, TraceRecord
 from traces.shadow import PAIRS
+from traces.table import READS
 
 T0_S = 1_700_000_000.5
 RECORDS = [
@@ -73,6 +74,18 @@ def test_batches_are_whole_however_they_are_cut(filled: sa.Engine, batch_rows: i
     assert all(batch.schema == pl.Schema(SCHEMA) for batch in batches)
     expected = batch_from_records(sorted(RECORDS, key=lambda record: record.request_id))
     assert pl.concat(batches).equals(expected)
+
+
+@pytest.mark.parametrize("fields", [READS, ("stream", "prefix_blocks"), ("request_id",), ("outcome", "received_at")])
+def test_fields_are_those_columns_of_the_same_rows(filled: sa.Engine, fields: tuple[str, ...]) -> None:
+    whole = pl.concat(read_batches(filled, Filter()))
+    names = [name for name in SCHEMA if name in fields]
+    assert pl.concat(read_batches(filled, Filter(), fields=fields)).equals(whole.select(names))
+
+
+def test_fields_that_are_none_are_refused(filled: sa.Engine) -> None:
+    with pytest.raises(ValueError, match="fields: expected fields of a record, got tokens"):
+        read_batches(filled, Filter(), fields=("tokens",))
 
 
 def test_a_reader_that_stops_early_gives_its_connection_back(filled: sa.Engine) -> None:
