@@ -16,7 +16,7 @@ PLAN = {"model": "m", "rate_rps": 5, "duration_s": 3}
 
 def client(data_dir: Path, **injection: Any) -> TestClient:
     settings = Settings(upstreams=("http://127.0.0.1:9",), data_dir=data_dir, injection=InjectionSettings(**injection))
-    return TestClient(build_control(settings, gateway_url="http://127.0.0.1:9"))
+    return TestClient(build_control(settings, gateway_url="http://127.0.0.1:9"), base_url="http://127.0.0.1")
 
 
 def test_refused_unless_allowed(tmp_path: Path) -> None:

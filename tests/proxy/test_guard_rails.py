@@ -13,6 +13,7 @@ from proxy.series import TTFT_BUCKETS_S
 from proxy.settings import InjectionSettings
 from proxy.telemetry import WORKER_COUNTERS, WorkerMetrics
 from replay.schedule import Planned
+from storage.counters import places, slot_count
 from storage.journal import JOURNAL_COUNTERS
 from traces.record import Outcome
 
@@ -23,7 +24,7 @@ class Live:
     """A worker's live traffic, counted as a worker counts it."""
 
     def __init__(self) -> None:
-        self._slots = memoryview(bytearray(8 * len(NAMES))).cast("Q")
+        self._slots = memoryview(bytearray(8 * slot_count(NAMES))).cast("Q")
         self._metrics = WorkerMetrics(self._slots)
 
     def ended(self, outcome: Outcome, ttft_s: float | None = None, times: int = 1) -> None:
@@ -32,7 +33,7 @@ class Live:
 
     @property
     def counters(self) -> dict[str, int]:
-        return dict(zip(NAMES, self._slots, strict=True))
+        return {name: self._slots[first] for name, first in places(NAMES)}
 
 
 def limits(**fields: Any) -> InjectionSettings:

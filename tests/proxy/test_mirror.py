@@ -608,7 +608,7 @@ async def test_targets_come_change_and_go_while_running(tmp_path: Path) -> None:
             """Requests that the shadow got of one, after a reload."""
             before = len(shadow.requests)
             found = mirror(target(shadow.url, **fields)) if fields is not None else mirror()
-            bench.gateway.apply(Settings(**{**dict(now), **found}))
+            bench.gateway.apply(Settings(**{**now.model_dump(), **found}))
             await bench.serve(Client(BODY))
             await settled(bench)
             return len(shadow.requests) - before

@@ -341,10 +341,8 @@ def test_process_that_does_not_read_its_input_is_replaced(running: Running) -> N
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     try:
-        names = [f"http://127.0.0.1:1/{number:05d}" for number in range(8000)]  # more than a pipe holds
-        running.configured = running.supervisor._settings.model_copy(
-            update={"upstreams": Settings.model_validate({"upstreams": names}).upstreams}
-        )
+        aliases = {f"alias-{number:05d}": "model" for number in range(8000)}  # more than a pipe holds
+        running.configured = running.supervisor._settings.model_copy(update={"aliases": aliases})
         running.reload()
         assert running.said[1:] == ["the control plane does not take new settings; starting it again"]
         assert child.kill_at_s is not None
