@@ -1,7 +1,9 @@
 """What `burstgate analyze` costs on a trace of the published size: 10.6 M rows, BurstGPT's 8 columns, Parquet and CSV.
 
 `python -m benchmarks.analysis --folder .bench/analysis` makes the trace once (seeded) and prints, for each form and
-command, the seconds and the peak resident memory of the whole process.
+command, the seconds, the CPU seconds (which another program on the machine changes less) and the peak resident memory
+of the whole process. `--rival` runs the same statistics in pandas (`benchmarks/analysis_rival.py`, in an environment of
+its own) in the same run, and says how many times as long they take.
 
 The trace is 232 days long: API requests come in bursts (Gamma gaps of shape 0.4, the hour's rate log-normal), chats in
 working hours, with sessions of a geometric number of turns and lognormal gaps; lengths are lognormal, elapsed times
@@ -22,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from benchmarks.gateway.install import environment
 from traces.batch import complete_batch
 from traces.codec import open_writer
 from traces.record import LogType, Outcome
@@ -105,6 +108,7 @@ class Cost:
     """What one command took."""
 
     seconds: float
+    cpu_s: float
     peak_mib: float
 
 
@@ -116,7 +120,7 @@ def measure(command: Sequence[str]) -> Cost:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return Cost(time.perf_counter() - began, used.ru_maxrss / 1024)
+    return Cost(time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
 
 
 def main() -> None:
@@ -125,15 +129,32 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".bench/analysis"))
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--only", default="analyze,failures,stats", help="Commands.  [default: %(default)s]")
+    parser.add_argument("--rival", action="store_true", help="The same statistics by pandas, too.")
     arguments = parser.parse_args()
     files = make(arguments.folder, arguments.rows)
-    print("command form seconds peak_mib", flush=True)
+    print("command form seconds cpu_s peak_mib", flush=True)
+
+    def measured(name: str, form: str, command: Sequence[str]) -> Cost:
+        cost = measure(command)
+        print(f"{name} {form} {cost.seconds:.1f} {cost.cpu_s:.1f} {cost.peak_mib:.0f}", flush=True)
+        return cost
+
     for form, path in files.items():
-        for name in arguments.only.split(","):
-            cost = measure(
-                [sys.executable, "-m", "proxy.cli", name, str(path), "--json", *(() if name == "stats" else ("-",))]
+        costs = {
+            name: measured(
+                name,
+                form,
+                [sys.executable, "-m", "proxy.cli", name, str(path), "--json", *(() if name == "stats" else ("-",))],
             )
-            print(f"{name} {form} {cost.seconds:.1f} {cost.peak_mib:.0f}", flush=True)
+            for name in arguments.only.split(",")
+        }
+        if arguments.rival:
+            python = environment("pandas") / "python"
+            rival = measured(
+                "pandas", form, [str(python), str(Path(__file__).with_name("analysis_rival.py")), str(path)]
+            )
+            if ours := costs.get("analyze"):
+                print(f"analyze {form}: {rival.seconds / ours.seconds:.1f} times as fast as pandas", flush=True)
 
 
 if __name__ == "__main__":

@@ -27,17 +27,20 @@ import uvicorn
 from fastapi import FastAPI
 
 from proxy.child import ChildTask, run_child, watch_parent
+from proxy.config_error import ConfigError
 from proxy.exchange import Gateway, Journal, uuid7
 from proxy.fault_lease import follow_leases
 from proxy.logs import configure_logging
 from proxy.server import ClientConnection
-from proxy.sessions import SessionTable, load_secret
+from proxy.sessions import SessionTable, load_key_secret, load_secret
 from proxy.settings import Settings
 from proxy.shaping_view import SHAPING_VIEW
 from proxy.telemetry import WORKER_COUNTERS, WorkerMetrics
+from proxy.tls import ServerTls, server_tls
 from proxy.upstream import build_fleet
 from proxy.view import WorkerView, digest_of, remove_view, write_view
 from storage.journal import JOURNAL_COUNTERS, JournalWriter, NotRecording, Unrecorded
+from storage.key_file import key_file, read_key_file, signature, touch_used
 
 log = logging.getLogger("burstgate.gateway")
 
@@ -60,6 +63,7 @@ class GatewayApp(FastAPI):
     loop: asyncio.AbstractEventLoop
     changed: asyncio.Event
     """Set when the gateway has taken new settings."""
+    tls: ServerTls | None = None
 
 
 def build_gateway(settings: Settings) -> Gateway:
@@ -77,7 +81,16 @@ def build_gateway(settings: Settings) -> Gateway:
         journal = Unrecorded(WORKER_COUNTERS)
     sessions = SessionTable(settings.data_dir / "sessions.table")
     metrics = WorkerMetrics(journal.slots)
-    return Gateway(settings, build_fleet(settings), journal, metrics, sessions, load_secret(settings.data_dir))
+    return Gateway(
+        settings,
+        build_fleet(settings),
+        journal,
+        metrics,
+        sessions,
+        load_secret(settings.data_dir),
+        load_key_secret(settings.data_dir, settings.keys.secret_file),
+        read_key_file(key_file(settings.data_dir)),
+    )
 
 
 def _open_journal(settings: Settings, taking_over: Unrecorded | None = None) -> JournalWriter:
@@ -114,9 +127,12 @@ def build_app(settings: Settings) -> GatewayApp:
                 tasks.create_task(gateway.shaping.run()),
             ]
             chores.append(tasks.create_task(follow_leases(gateway)))
+            chores.append(tasks.create_task(_watch_files(gateway, app)))
             yield
             for chore in chores:
                 chore.cancel()
+        if gateway.any_mirror is not None:
+            await gateway.any_mirror.drain()
         gateway.stop()
         await asyncio.sleep(0)  # the connections cut there say so
         gateway.fleet.close()
@@ -183,13 +199,38 @@ def _show_shaping(directory: Path, view: bytes) -> None:
     path.rename(directory / SHAPING_VIEW)
 
 
+async def _watch_files(gateway: Gateway, app: GatewayApp) -> None:
+    """Take over keys, credentials and certificates that change; note which keys are used. It never ends the worker."""
+    data_dir = gateway.settings.data_dir
+    keys = key_file(data_dir)
+    seen = signature(keys)
+    noted: dict[str, int] = {}
+    while True:
+        await asyncio.sleep(MAINTENANCE_S)
+        try:
+            if signature(keys) != seen:
+                seen = signature(keys)
+                gateway.take_keys(read_key_file(keys))
+            gateway.fleet.reread_keys()
+            if app.tls is not None and app.tls.refresh():
+                log.warning("the gateway's certificate was read again")
+            today = int(time.time() // 86_400)
+            used, gateway.keys_used = gateway.keys_used, set()
+            for key_id in used:
+                if noted.get(key_id) != today:
+                    touch_used(data_dir, key_id)
+                    noted[key_id] = today
+        except (OSError, ValueError, ConfigError) as error:  # what was there before stays in force
+            log.error("keys or certificates can not be taken over: %s", error)
+
+
 def server_config(app: Any, settings: Settings) -> uvicorn.Config:
-    """How uvicorn runs a worker."""
+    """How uvicorn runs a worker. Raises ConfigError for a certificate that can not be used."""
 
     def connection(*, _loop: asyncio.AbstractEventLoop | None = None, server_state: Any, **_: Any) -> ClientConnection:
         return ClientConnection(app.gateway, _loop or asyncio.get_running_loop(), server_state.connections)
 
-    return uvicorn.Config(
+    config = uvicorn.Config(
         app,
         loop="uvloop",
         http=cast("type[asyncio.Protocol]", connection),
@@ -203,6 +244,12 @@ def server_config(app: Any, settings: Settings) -> uvicorn.Config:
         backlog=4096,
         timeout_graceful_shutdown=drain_seconds(settings),
     )
+    config.load()
+    tls = server_tls("tls.cert_file", settings.tls.cert_file, settings.tls.key_file)
+    if tls is not None:
+        config.ssl = tls.context
+        app.tls = tls
+    return config
 
 
 def drain_seconds(settings: Settings) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
+import logging
 import os
 import signal
 import socket
@@ -27,22 +28,29 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 
+from proxy.admin_auth import AdminGate
 from proxy.audit import append_audit, read_audit
 from proxy.child import ChildTask, run_child, watch_parent
+from proxy.config_error import ConfigError
 from proxy.control_config import Steering, config_router
 from proxy.control_injection import Injections, injection_router
+from proxy.control_keys import keys_router
 from proxy.control_traces import Reader, traces_router
 from proxy.doctor import Check, balance_of, diagnose
 from proxy.health import State
+from proxy.keeper import KeyKeeper
 from proxy.logs import configure_logging
 from proxy.retention import RetentionState, read_state
 from proxy.series import MAX_UPSTREAMS
 from proxy.settings import Settings, show_value
 from proxy.telemetry import CountersReader, ShapingMetrics, Totals, all_worker_metrics, counting_since_ns, sum_counters
+from proxy.tls import server_tls
 from proxy.view import read_views
 from storage.doctor import Balance, live_writers
 from storage.errors import DatabaseUnavailable, DatabaseUrlError
 from storage.journal import DROP_REASONS, directory_bytes
+
+log = logging.getLogger("burstgate.control")
 
 BALANCE_AGE_S = 10.0
 """How old the database's and the journal's part of the metrics may be: a scrape never waits for the database."""
@@ -68,6 +76,16 @@ class _Balances:
             except (DatabaseUnavailable, DatabaseUrlError, OSError):
                 self.is_database_up = False
             await asyncio.sleep(BALANCE_AGE_S)
+
+
+async def _watch_certificate(app: FastAPI) -> None:
+    while True:
+        await asyncio.sleep(1.0)
+        try:
+            if app.state.tls is not None and app.state.tls.refresh():
+                log.warning("the control plane's certificate was read again")
+        except ConfigError as error:  # the old one stays
+            log.error("%s", error)
 
 
 class _Metrics(Collector):
@@ -235,13 +253,17 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None, 
     started_s = time.monotonic()
     version = importlib.metadata.version("burstgate")
 
+    key_keeper = KeyKeeper(settings)
+
     async def lifespan(app: FastAPI) -> Any:
+        key_keeper.recall()
         async with asyncio.TaskGroup() as tasks:
-            keeper = tasks.create_task(balances.keep())
+            chores = [tasks.create_task(each) for each in (balances.keep(), key_keeper.keep(), _watch_certificate(app))]
             source.export(settings)
             yield
             source.export(None)
-            keeper.cancel()
+            for chore in chores:
+                chore.cancel()
             reader.close()
 
     app = FastAPI(
@@ -269,6 +291,10 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None, 
     app.include_router(config_router(Steering(current, reload, audit), _actor))
     app.state.export = source.export
     app.include_router(injection_router(injections))
+    app.state.keeper = key_keeper
+    app.state.tls = None
+    app.add_middleware(AdminGate, keeper=key_keeper, settings=lambda: app.state.settings)
+    app.include_router(keys_router(key_keeper))
 
     def as_json(value: object) -> Response:
         return Response(msgspec.json.encode(value), media_type="application/json")
@@ -329,20 +355,26 @@ def run_control(task: ChildTask) -> None:
             os.kill(supervisor, signal.SIGHUP)
 
     app = build_control(task.settings, reload_configuration, task.gateway_url)
+    tls = server_tls("tls.control_cert_file", task.settings.tls.control_cert_file, task.settings.tls.control_key_file)
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         ws="none",
         timeout_graceful_shutdown=2,
+        proxy_headers=False,  # whose address counts as wrong tokens' is not for a header to say
     )
+    config.load()
+    if tls is not None:
+        config.ssl = tls.context
+        app.state.tls = tls
     server = uvicorn.Server(config)
 
     def stop() -> None:
         server.should_exit = True
 
     def reload(settings: Settings) -> None:
-        app.state.settings = settings
+        app.state.settings = app.state.keeper.settings = settings
         app.state.export(settings)
         configure_logging("control", settings.log)
 

@@ -15,15 +15,17 @@ import functools
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+from proxy.access import Access, RouteRules, access_of
 from proxy.answer_head import AnswerHead
 from proxy.errors import GatewayError, error_body
 from proxy.estimates import Estimates
 from proxy.faults import FAULT_STATUSES, Faults
 from proxy.logs import FailureLog
+from proxy.mirror import Mirror, Shadow
 from proxy.prefix import prefix_blocks, prompt_of
 from proxy.request_head import LOG_TYPES, RequestHead, clean, countable
 from proxy.server import ClientConnection, Incoming
@@ -38,6 +40,7 @@ from proxy.upstream import Fleet, Selection, Upstream
 from proxy.watch import Timers, Watch
 from storage.entries import Begun
 from storage.journal import JournalWriter, NotRecording, Unrecorded
+from storage.key_file import CachedKey
 from traces.record import LogType, Origin, Outcome, TokenSource, TraceRecord
 from wire import latency
 from wire.accounting import Account, Accounted, NoAccount, StreamAccount, UnaryAccount
@@ -104,12 +107,19 @@ class Gateway:
         metrics: WorkerMetrics,
         sessions: SessionTable,
         secret: bytes,
+        key_secret: bytes | None = None,
+        keys: Sequence[CachedKey] | None = None,
     ) -> None:
+        """key_secret: under which keys are hashed, `secret` by default. keys: those that are valid."""
         self.fleet = fleet
         self.journal = journal
         self.metrics = metrics
         self.sessions = sessions
         self.secret = secret
+        self._key_secret = key_secret or secret
+        self._keys = keys
+        self.keys_used: set[str] = set()
+        """Ids of keys, until somebody takes note of them."""
         self.estimates = Estimates()
         self.injection_token = injection_token(secret)
         self.faults: Faults | None = None
@@ -120,6 +130,9 @@ class Gateway:
         self.is_stopping = False
         """Connections end with what they have now."""
         self.watch = Watch(self.connections)
+        self.mirror: Mirror | None = None
+        """None without shadow targets; `any_mirror` is one whose targets may be gone."""
+        self.any_mirror: Mirror | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.tracer: Tracer | None = None
         """None: no request has a span."""
@@ -130,6 +143,7 @@ class Gateway:
         self.shaper: Shaper | None = None
         """The same where there is something to shape; else requests are not asked about."""
         self._use(settings)
+        self._use_mirror(settings)
 
     def _use(self, settings: Settings) -> None:
         if settings.telemetry != self._telemetry:
@@ -176,8 +190,27 @@ class Gateway:
             self._exporting.stop()
             self._exporting.join()
 
+    def _use_mirror(self, settings: Settings) -> None:
+        """Raises ConfigError; then nothing has changed."""
+        if self.any_mirror is not None:
+            self.any_mirror.apply(settings)
+        elif settings.mirror.targets:
+            self.any_mirror = Mirror(self, settings, uuid7)
+        self.mirror = self.any_mirror if settings.mirror.targets else None
+        self.is_tls = settings.tls.cert_file is not None
+        routes = settings.routes
+        rules = RouteRules(deny_management=routes.deny_management, allow=routes.allow, deny=routes.deny)
+        self.refuses = functools.lru_cache(maxsize=1024)(rules.refuses)
+        self.take_keys(self._keys)
+
+    def take_keys(self, keys: Sequence[CachedKey] | None) -> None:
+        """Other keys are valid from now on."""
+        self._keys = keys
+        self.access = access_of(keys, self._key_secret, required=self.settings.keys.required)
+
     def apply(self, settings: Settings) -> None:
         """Take over a reloaded configuration; requests that run keep what they have been told."""
+        self._use_mirror(settings)
         self._use(settings)
         self.fleet.apply(settings)
         self.shaping.apply(settings)
@@ -203,6 +236,8 @@ class Gateway:
         """End what still runs: the worker has waited long enough."""
         for request in self.watch.requests():
             request.stopped()
+        if self.any_mirror is not None:
+            self.any_mirror.stop()
         for connection in list(self.connections):
             connection.transport.abort()
 
@@ -212,9 +247,9 @@ class Request(Incoming):
 
     __slots__ = ("_body", "_comment_ns", "_has_sent", "_is_event_stream", "_is_prepared", "_is_sized", "_lines",
                  "_parts", "_ready_ns", "_size", "_task", "_upload", "account", "answered", "begun", "body_bytes",
-                 "client_gone", "endpoint", "error", "exchange", "facts", "family", "fault", "gateway", "is_over",
-                 "is_recorded", "keys", "log_type", "model", "path", "prefix", "received_at", "request_id",
-                 "selection", "sends_usage", "session", "shown_id", "start_ns", "status", "tenant", "ticket",
+                 "client_gone", "endpoint", "error", "exchange", "facts", "family", "fault", "gateway", "granted",
+                 "is_over", "is_recorded", "keys", "log_type", "model", "path", "prefix", "received_at", "request_id",
+                 "selection", "sends_usage", "session", "shadows", "shown_id", "start_ns", "status", "tenant", "ticket",
                  "timed_out", "trace", "upstream")  # fmt: skip
 
     def __init__(
@@ -240,6 +275,8 @@ class Request(Incoming):
         """Whom it is accounted to."""
         self.ticket: Ticket | None = None
         """Its way through shaping; None where it is not shaped."""
+        self.granted: CachedKey | None = None
+        """The client's key, where it has shown one of ours."""
         self.keys: ConversationKeys | None = None
         self.prefix: tuple[int, ...] | None = None
         self.log_type = LogType.API
@@ -262,6 +299,8 @@ class Request(Incoming):
         self.trace: Trace | None = None
         """Of a request that gets a span."""
         self.sends_usage = False
+        self.shadows: list[Shadow] | None = None
+        """Those that wait for the answer's text."""
         self.account: Account = _NO_ACCOUNT
         self._parts: list[bytes] = []
         self._size = 0
@@ -286,15 +325,34 @@ class Request(Incoming):
 
     def start(self) -> None:
         """Its turn has come."""
-        self.gateway.watch.add(self)
-        if self.gateway.tracer is not None:
-            self.trace = self.gateway.tracer.start(self.head)
-        if (self.content_length or 0) > self.gateway.body_limit or self._size > self.gateway.body_limit:
+        gateway = self.gateway
+        gateway.watch.add(self)
+        if gateway.tracer is not None:
+            self.trace = gateway.tracer.start(self.head)
+        if gateway.refuses(self.target):
+            gateway.metrics.route_refused()
+            self._refuse(GatewayError(403, "route_not_allowed", "this route is not for clients (routes)"))
+        elif gateway.access is not None and not self._is_granted(gateway.access):
+            return
+        elif (self.content_length or 0) > self.gateway.body_limit or self._size > self.gateway.body_limit:
             self._refuse(self._too_large())
         elif self.is_whole:
             self._whole()
         elif self.head.expects_continue and not self._size and not self.is_http_10:
             self.connection.ask_for_body()
+
+    def _is_granted(self, access: Access) -> bool:
+        """Whether its key is good, or it needs none."""
+        found = access.check(self.head, self.received_at)
+        if isinstance(found, GatewayError):
+            self.gateway.metrics.key_refused()
+            self._refuse(found)
+            return False
+        if found is not None:
+            self.granted = found
+            self.tenant = found.tenant
+            self.gateway.keys_used.add(found.key_id)
+        return True
 
     def received(self, data: bytes) -> None:
         """A piece of the body."""
@@ -492,7 +550,8 @@ class Request(Incoming):
         if session is None and gateway.infers_sessions:
             session = self._infer_session(gateway.sessions)
         self.session = session
-        log_type = self.head.log_type or gateway.default_log_type
+        log_type = self.head.log_type or (self.granted.log_type if self.granted is not None else None)
+        log_type = log_type or gateway.default_log_type
         self.log_type = log_type or (LogType.API if session is None else LogType.CONVERSATION)
 
     def _infer_session(self, table: SessionTable) -> str | None:
@@ -606,6 +665,8 @@ class Request(Incoming):
             self.gateway.metrics.retried()
         if not self._ready_ns:
             self._ready_ns = time.monotonic_ns()
+            if self.gateway.mirror is not None:
+                self.gateway.mirror.offer(self, self._body, is_upload=self._upload is not None)
         upload = self._upload
         body = self._body
         if upload is None and self.trailers is None:
@@ -616,7 +677,7 @@ class Request(Incoming):
                 if asking is not None:
                     body = asking
                     self.sends_usage = True
-            lines = b"%bx-request-id: %b\r\n" % (self._upstream_lines(upstream), self.shown_id)
+            lines = b"%bx-request-id: %b\r\n" % (self._lines_for(upstream), self.shown_id)
             if body or self.content_length is not None or self.method in _WITH_LENGTH:
                 lines += b"content-length: %d\r\n" % len(body)
             exchange = upstream.client.start(self.method, self.target, lines, body)
@@ -628,11 +689,15 @@ class Request(Incoming):
         else:
             self._task = self.gateway.spawn(self._send_upload(upstream, upload or Upload(self.connection, [body])))
 
-    def _upstream_lines(self, upstream: Upstream) -> bytes:
-        """The client's headers, as this upstream gets them."""
+    def _lines_for(self, upstream: Upstream) -> bytes:
+        """The client's headers for an upstream. A key of ours is none of its business, and its own is not ours."""
+        if upstream.credential:
+            lines = self.head.bare_lines + upstream.credential
+        else:
+            lines = self.head.lines if self.granted is None else self.head.bare_lines
         if self.trace is None:
-            return self.head.lines
-        return self.trace.sends(self.head, upstream.name, upstream.client.url, time.monotonic_ns())
+            return lines
+        return self.trace.sends(self.head, lines, upstream.name, upstream.client.url, time.monotonic_ns())
 
     async def _connect(self, upstream: Upstream, lines: bytes, body: bytes) -> None:
         """As `_forward`, where a connection must be made first."""
@@ -649,7 +714,7 @@ class Request(Incoming):
         """Send a body that is still arriving, or one with trailers."""
         if self._upload is None:
             upload.end()
-        lines = b"%bx-request-id: %b\r\n" % (self._upstream_lines(upstream), self.shown_id)
+        lines = b"%bx-request-id: %b\r\n" % (self._lines_for(upstream), self.shown_id)
         is_chunked = self.content_length is None
         if not is_chunked:
             lines += b"content-length: %d\r\n" % (self.content_length or 0)
@@ -685,7 +750,7 @@ class Request(Incoming):
     async def _list_models(self) -> None:
         """The models of all upstreams as one list."""
         try:
-            body = await self.gateway.fleet.models(self.head.forward)
+            body = await self.gateway.fleet.models(self.head.forward if self.granted is None else self.head.bare)
         except Exception:  # noqa: BLE001 (see `_whole`)
             self._task = None
             self._defect()
@@ -899,6 +964,8 @@ class Request(Incoming):
         self.answered = True
         lines = b"content-type: application/json\r\ncontent-length: %d\r\n%b" % (len(body), more_lines)
         lines += self._own_lines(None)
+        if status == 401:
+            lines += b"www-authenticate: Bearer\r\n"  # RFC 9110, section 11.6.1
         self._over()
         self.connection.begin(status, lines, is_sized=True)
         self.connection.end(b"" if self.method == b"HEAD" else body)
@@ -932,12 +999,13 @@ class Request(Incoming):
         there = (b"https://" if url.is_tls else b"http://") + url.authority + url.prefix
         if not location.startswith(there):
             return location
-        return b"http://%b%b" % (self.head.host, location[len(there) :])
+        scheme = b"https" if self.gateway.is_tls else b"http"
+        return b"%b://%b%b" % (scheme, self.head.host, location[len(there) :])
 
     def _new_account(self, status: int, head: AnswerHead) -> Account:
         if head.is_encoded:
             return _NO_ACCOUNT
-        keep = self.keys is not None
+        keep = self.keys is not None or self.shadows is not None
         if head.is_event_stream:
             if self.family is Family.OTHER:
                 return _NO_ACCOUNT
@@ -987,6 +1055,12 @@ class Request(Incoming):
             self._conclude(outcome, time.monotonic_ns())
         except Exception:  # noqa: BLE001 (never in the way: a defect in recording must not break an answer)
             self._accounting_failed()
+            self._tell_shadows(None)
+
+    def _tell_shadows(self, answer: bytes | None) -> None:
+        shadows, self.shadows = self.shadows, None
+        for shadow in shadows or ():
+            shadow.primary_over(answer)
 
     def _conclude(self, outcome: Outcome, now_ns: int) -> None:
         try:
@@ -1002,6 +1076,8 @@ class Request(Incoming):
         record = self._record(outcome, done, now_ns)
         if self.begun:
             self.gateway.journal.end(record)
+        if self.shadows is not None:
+            self._tell_shadows(done.answer if outcome is Outcome.OK else None)
         if outcome is Outcome.OK and self.status is not None and self.status < 300:
             self._remember(done)
             if record.token_source is TokenSource.USAGE and record.request_tokens and self.body_bytes:

@@ -17,6 +17,9 @@ _HOP_BY_HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-connection", b"proxy-authorization", b"te",
     b"transfer-encoding", b"upgrade", b"expect", b"host", b"content-length",
 })  # fmt: skip
+CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
+MAX_CREDENTIALS = 4
+"""Those of a request that are looked at."""
 _VIA = b"via: 1.1 burstgate\r\n"
 _OURS = b"x-burstgate-"
 LOG_TYPES = {
@@ -44,9 +47,9 @@ def countable(number: int | None) -> int | None:
 class RequestHead:
     """What the headers say: those to send on, and what the gateway itself needs. Shared by requests with equal ones."""
 
-    __slots__ = ("client_request_id", "content_type", "expects_continue", "forward", "host", "hosts", "is_chunked",
-                 "lines", "log_type", "origin", "request_id", "run_id", "session", "size", "tenant",
-                 "token")  # fmt: skip
+    __slots__ = ("_bare_lines", "client_request_id", "content_type", "credentials", "expects_continue", "forward",
+                 "host", "hosts", "is_chunked", "lines", "log_type", "origin", "request_id", "run_id", "session",
+                 "shadow_lines", "size", "tenant", "token")  # fmt: skip
 
     def __init__(
         self,
@@ -73,6 +76,9 @@ class RequestHead:
         self.request_id: bytes | None = None
         """As sent; `client_request_id` as recorded."""
         self.client_request_id: str | None = None
+        self.credentials: tuple[bytes, ...] = ()
+        """What the client shows: bearer tokens and keys."""
+        self._bare_lines: bytes | None = None
         self.session: str | None = None
         self.tenant: str | None = None
         self.log_type: LogType | None = None
@@ -80,6 +86,8 @@ class RequestHead:
         self.run_id: str | None = None
         self.token: bytes | None = None
         """Of one that says it is an injector."""
+        self.shadow_lines: dict[int, bytes] | None = None
+        """As they are sent to shadow targets, by the targets' numbers; those work them out."""
         named: frozenset[bytes] = frozenset()
         for name, value in headers:
             lower = name.lower()
@@ -95,7 +103,9 @@ class RequestHead:
                 elif lower == b"expect":
                     self.expects_continue = value.lower() == b"100-continue"
                 continue
-            if lower == b"content-type":
+            if lower in CREDENTIALS:
+                self._credential(lower, value)
+            elif lower == b"content-type":
                 self.content_type = value.lower()
             elif lower == b"x-request-id":
                 self.request_id = value
@@ -118,6 +128,27 @@ class RequestHead:
             self.forward = [header for header in self.forward if header[0].lower() not in named]
         self.lines = encode_lines(self.forward) + _VIA
         """As they are sent."""
+
+    @property
+    def bare(self) -> Headers:
+        """The headers to send on, without the client's credentials."""
+        return [header for header in self.forward if header[0].lower() not in CREDENTIALS]
+
+    @property
+    def bare_lines(self) -> bytes:
+        """As `lines`, without the client's credentials."""
+        if self._bare_lines is None:
+            self._bare_lines = encode_lines(self.bare) + _VIA
+        return self._bare_lines
+
+    def _credential(self, name: bytes, value: bytes) -> None:
+        if name == b"authorization":
+            scheme, _, value = value.partition(b" ")
+            if scheme.lower() != b"bearer":
+                return
+        value = value.strip(b" \t")
+        if value and len(self.credentials) < MAX_CREDENTIALS:
+            self.credentials = (*self.credentials, value)
 
     def _control(self, name: bytes, value: bytes) -> None:
         if name == b"x-burstgate-origin" and value == b"replay":

@@ -213,6 +213,16 @@ def injection_token(secret: bytes) -> bytes:
     return hashlib.blake2b(b"injection", key=secret, digest_size=16).hexdigest().encode()
 
 
+def load_key_secret(data_dir: Path, secret_file: Path | None) -> bytes:
+    """What API keys are hashed with: an own file's bytes, or derived from the installation's secret. Raises OSError."""
+    if secret_file is None:
+        return hashlib.blake2b(load_secret(data_dir), digest_size=32, person=b"burstgate keys").digest()
+    secret = secret_file.read_bytes().strip()
+    if len(secret) < 16:
+        raise OSError(f"{secret_file}: keys.secret_file: expected at least 16 bytes, found {len(secret)}")
+    return secret
+
+
 def _holds(path: Path, header: bytes, size: int) -> bool:
     try:
         with path.open("rb") as file:

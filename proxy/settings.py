@@ -50,6 +50,11 @@ def _with_known_names(model: type[BaseModel], value: Any) -> Any:
     return value
 
 
+def _server(model: type[BaseModel], value: Any) -> Any:
+    """An entry of a list of servers: as text its URL. Raises ValueError for a name that is no setting."""
+    return {"url": value} if isinstance(value, str) else _with_known_names(model, value)
+
+
 class UpstreamSettings(_Frozen):
     """One vLLM server; as text, its URL."""
 
@@ -61,11 +66,14 @@ class UpstreamSettings(_Frozen):
     ca_file: Path | None = Field(None, description="certificates to trust, PEM; default: the system's")
     cert_file: Path | None = Field(None, description="the gateway's own certificate, PEM")
     key_file: Path | None = Field(None, description="its key, PEM; default: in cert_file")
+    api_key: str | None = Field(None, repr=False, min_length=1, description="sent in place of the client's key")
+    api_key_env: str | None = Field(None, min_length=1, description="environment variable that holds it")
+    api_key_file: Path | None = Field(None, description="file that holds it; read again when it changes")
 
     @model_validator(mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        return {"url": value} if isinstance(value, str) else _with_known_names(cls, value)
+        return _server(cls, value)
 
     @field_validator("url")
     @classmethod
@@ -80,6 +88,8 @@ class UpstreamSettings(_Frozen):
             raise ValueError("ca_file, cert_file and key_file are for https:// upstreams")
         if self.key_file is not None and self.cert_file is None:
             raise ValueError("key_file needs a cert_file")
+        if sum(each is not None for each in (self.api_key, self.api_key_env, self.api_key_file)) > 1:
+            raise ValueError("one of api_key, api_key_env and api_key_file is enough")
         return self
 
     def __str__(self) -> str:
@@ -461,13 +471,188 @@ class LogSettings(_Frozen):
         return self.format == "json" if self.failures is None else self.failures
 
 
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_NOT_TO_SET = frozenset({"host", "content-length", "transfer-encoding", "connection", "upgrade", "te", "trailer"})
+
+
+class BreakerSettings(_Frozen):
+    """When a shadow target is left alone."""
+
+    max_connect_failures: int = Field(1, ge=1, description="failed connections in a row until it is left alone")
+    max_failures: int = Field(5, ge=1, description="failed requests in a row (no answer, cut off, 5xx) until then")
+    pause_s: float = Field(1.0, gt=0, description="first pause; doubles with each that did not help")
+    max_pause_s: float = Field(60.0, gt=0, description="longest pause")
+    trials: int = Field(2, ge=1, description="requests let through after a pause; all well, it is over")
+
+
+class CollectSettings(_Frozen):
+    """Mirrored later: collected, then sent as the burst that was seen, faster or slower."""
+
+    collect_s: float = Field(gt=0, le=86_400, description="seconds from a window's first request to its release")
+    speed: float = Field(1.0, gt=0, le=1000, description="divides the gaps between the requests of a window")
+
+
+class MirrorTargetSettings(_Frozen):
+    """One target of mirrored traffic; as text, its URL."""
+
+    url: str = Field(description="base URL")
+    name: str | None = Field(None, pattern=r"^[!-~]{1,128}$", description="in records; default: the URL")
+    share: float = Field(1.0, ge=0, le=1, description="of the sessions or requests, that is mirrored")
+    by: Literal["session", "request"] = Field("session", description="what is drawn; session keeps them whole")
+    models: dict[str, str] = Field({}, description="{asked: sent}; * stands for all others")
+    api_key_env: str | None = Field(None, description="environment variable with the target's API key")
+    api_key_file: Path | None = Field(None, description="file with it, read at each start and reload")
+    headers: dict[str, str] = Field({}, description="headers to set; shown as ***")
+    drop_headers: tuple[str, ...] = Field((), description="clients' headers that do not leave, beside credentials")
+    tells: bool = Field(False, description="send x-burstgate-shadow-of with the primary's id")
+    concurrency: int = Field(64, ge=1, le=100_000, description="requests in flight")
+    queue: int = Field(1024, ge=1, le=10_000_000, description="requests that wait; more are dropped, counted")
+    queue_bytes: ByteSize = Field(ByteSize(64 * 1024**2), ge=1024, description="bodies held, waiting or in flight")
+    max_body: ByteSize = Field(ByteSize(4 * 1024**2), ge=1024, description="larger requests are not mirrored")
+    copies: int = Field(1, ge=1, le=1000, description="how often each request is sent")
+    jitter_s: float = Field(0.0, ge=0, le=3600, description="copies after the first leave so much later, drawn evenly")
+    timeout_s: float = Field(300.0, gt=0, description="for a whole exchange")
+    breaker: BreakerSettings = BreakerSettings()
+    agreement: Literal["none", "exact", "similarity"] = Field(
+        "none", description="how outputs are compared with the primary's; texts are not stored"
+    )
+    release: Literal["live"] | CollectSettings = Field("live", description="live, or {collect_s, speed}")
+    ca_file: Path | None = Field(None, description="certificates to trust, PEM; default: the system's")
+    cert_file: Path | None = Field(None, description="the gateway's own certificate, PEM")
+    key_file: Path | None = Field(None, description="its key, PEM; default: in cert_file")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        return _server(cls, value)
+
+    @field_validator("url")
+    @classmethod
+    def _is_url(cls, value: str) -> str:
+        parse_base_url(value)
+        return value
+
+    @field_validator("headers")
+    @classmethod
+    def _are_headers(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if not _HEADER_NAME.fullmatch(name) or name.lower() in _NOT_TO_SET:
+                raise ValueError(f"'{name}' is no header that can be set")
+            if not all(" " <= each <= "~" or each == "\t" for each in text):
+                raise ValueError(f"the value of '{name}': expected visible ASCII")  # without the value: it may be a key
+        return value
+
+    @model_validator(mode="after")
+    def _fit(self) -> MirrorTargetSettings:
+        files = (self.ca_file, self.cert_file, self.key_file)
+        if any(files) and not parse_base_url(self.url).is_tls:
+            raise ValueError("ca_file, cert_file and key_file are for https:// targets")
+        if self.key_file is not None and self.cert_file is None:
+            raise ValueError("key_file needs a cert_file")
+        if self.api_key_env is not None and self.api_key_file is not None:
+            raise ValueError("api_key_env or api_key_file, not both")
+        return self
+
+    def __str__(self) -> str:
+        return self.url
+
+
+class MirrorSettings(_Frozen):
+    """Shadow traffic: requests sent once more, to targets whose answers nobody waits for."""
+
+    targets: tuple[MirrorTargetSettings, ...] = Field(
+        (), description="URLs, or in the file mappings of url, name, share and what docs/shadow.md lists"
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+            try:
+                value = yaml.safe_load(value)
+            except (yaml.YAMLError, RecursionError):
+                raise ValueError("expected a list of URLs or mappings") from None
+        return [value] if isinstance(value, dict) else _split_text(value)
+
+    @field_validator("targets")
+    @classmethod
+    def _differ(cls, value: tuple[MirrorTargetSettings, ...]) -> tuple[MirrorTargetSettings, ...]:
+        names = [target.name or parse_base_url(target.url).text for target in value]
+        if len(set(names)) != len(value):
+            raise ValueError("each target may be named once")
+        return value
+
+
+class KeySettings(_Frozen):
+    """Clients' API keys: Authorization: Bearer KEY, or x-api-key."""
+
+    required: bool = Field(False, description="refuse requests without a key of this gateway's (burstgate keys)")
+    secret_file: Path | None = Field(
+        None, description="what keys are hashed with, the same on all hosts of a database; default: data_dir/secret"
+    )
+
+
+class RouteSettings(_Frozen):
+    """What clients may ask upstreams for: paths, or all below one, as /internal/*."""
+
+    deny_management: bool = Field(True, description="refuse vLLM's management: /sleep, LoRA loading and the like")
+    allow: tuple[str, ...] = Field((), description="paths to let through, with /* all below one")
+    deny: tuple[str, ...] = Field((), description="paths to refuse, with /* all below one")
+
+    @field_validator("allow", "deny", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return _split_text(value)
+
+    @field_validator("allow", "deny")
+    @classmethod
+    def _paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for path in value:
+            if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+(/\*)?|/\*?", path):
+                raise ValueError(f"expected a path such as /metrics or /internal/*, got {path!r}")
+        return value
+
+
+class TlsSettings(_Frozen):
+    """HTTPS for clients and for the control plane. Files that are replaced are read again within a second."""
+
+    cert_file: Path | None = Field(None, description="the gateway's certificate and its chain, PEM; without it HTTP")
+    key_file: Path | None = Field(None, description="its key, PEM; default: in cert_file")
+    control_cert_file: Path | None = Field(None, description="the control plane's certificate, PEM; without it HTTP")
+    control_key_file: Path | None = Field(None, description="its key, PEM; default: in control_cert_file")
+
+    @model_validator(mode="after")
+    def _pairs(self) -> TlsSettings:
+        if self.key_file is not None and self.cert_file is None:
+            raise ValueError("key_file needs a cert_file")
+        if self.control_key_file is not None and self.control_cert_file is None:
+            raise ValueError("control_key_file needs a control_cert_file")
+        return self
+
+
+class ControlSettings(_Frozen):
+    """Who may use the control plane. Beyond loopback always somebody with a token (burstgate keys admin create)."""
+
+    require_token: bool = Field(False, description="ask for a token on loopback too")
+    token_env: str | None = Field(None, min_length=1, description="environment variable that holds an admin token")
+    tokens_file: Path | None = Field(None, description="file of tokens: viewer, operator or admin, and a token, a line")
+    hosts: tuple[str, ...] = Field((), description="names by which it may be asked without a token, beside loopback's")
+    read_only: bool = Field(False, description="refuse whatever changes something")
+    open_metrics: bool = Field(False, description="/metrics without a token")
+
+    @field_validator("hosts", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return _split_text(value)
+
+
 class Settings(_Frozen):
     """Everything that `burstgate serve` can be told."""
 
     upstreams: tuple[UpstreamSettings, ...] = Field(
         (),
         description="base URLs of the vLLM servers; in the file also mappings of url, name, weight, models, drain, "
-        "ca_file, cert_file, key_file",
+        "ca_file, cert_file, key_file, api_key, api_key_env, api_key_file",
     )
     aliases: dict[str, str] = Field({}, description="other names for models: {alias: model}")
     fallbacks: dict[str, tuple[str, ...]] = Field(
@@ -496,6 +681,11 @@ class Settings(_Frozen):
     telemetry: TelemetrySettings = TelemetrySettings()
     log: LogSettings = LogSettings()
     injection: InjectionSettings = InjectionSettings()
+    mirror: MirrorSettings = MirrorSettings()
+    keys: KeySettings = KeySettings()
+    routes: RouteSettings = RouteSettings()
+    tls: TlsSettings = TlsSettings()
+    control: ControlSettings = ControlSettings()
 
     @field_validator("upstreams", mode="before")
     @classmethod
@@ -549,7 +739,7 @@ class Settings(_Frozen):
 
 NEED_STOP = ("host", "port", "control_host", "control_port", "data_dir", "database_url", "recorder")
 """Settings, or groups of them, that a running installation keeps until it is stopped and started."""
-NEED_RESTART = ("gateway", "journal", "record")
+NEED_RESTART = ("gateway", "journal", "record", "tls")
 """Those that new processes take up: a zero-downtime restart will do. All others change while running."""
 
 
@@ -739,11 +929,12 @@ def _first_problem(error: ValidationError, sources: Mapping[str, str]) -> str:
 
 
 _PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^\s'\"]*@")
+_API_KEY = re.compile(r"""(?<=api_key['"]: )(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 _PASSWORD_OPTION = re.compile(r"(?<=password=)[^&\s'\"]*", re.IGNORECASE)
 
 
 def _without_secrets(text: str) -> str:
-    return _PASSWORD_OPTION.sub("***", _PASSWORD.sub(r"\1:***@", text))
+    return _API_KEY.sub("***", _PASSWORD_OPTION.sub("***", _PASSWORD.sub(r"\1:***@", text)))
 
 
 def show_setting(key: str, value: Any) -> str:
@@ -759,6 +950,13 @@ def show_value(value: Any) -> str:
         return _without_secrets(json.dumps(value, ensure_ascii=False)) if value else "(none)"
     if isinstance(value, UpstreamSettings):
         said = value.model_dump(mode="json", exclude_defaults=True, exclude={"url"})
+        if "api_key" in said:
+            said["api_key"] = "***"
+        return _without_secrets(f"{value} {json.dumps(said, ensure_ascii=False)}" if said else str(value))
+    if isinstance(value, MirrorTargetSettings):
+        said = value.model_dump(mode="json", exclude_defaults=True, exclude={"url"})
+        if "headers" in said:
+            said["headers"] = dict.fromkeys(said["headers"], "***")
         return _without_secrets(f"{value} {json.dumps(said, ensure_ascii=False)}" if said else str(value))
     if value is None:
         return "(none)"

@@ -135,7 +135,11 @@ class Supervisor:
         except (ConfigError, OSError):
             self.stop()
             raise
-        return _url(self._gateways[0]), _url(self._control_sockets[0])
+        tls = settings.tls
+        return (
+            _url(self._gateways[0], is_tls=tls.cert_file is not None),
+            _url(self._control_sockets[0], is_tls=tls.control_cert_file is not None),
+        )
 
     def take_over(self, handover: Handover) -> None:
         """Instead of `start`, after a restart: `run` replaces what is left by what this program starts."""
@@ -160,7 +164,7 @@ class Supervisor:
         ]
 
     def _new_control(self) -> Child:
-        url = _url(self._gateways[0])
+        url = _url(self._gateways[0], is_tls=self._settings.tls.cert_file is not None)
         return Child("control plane", "proxy.control", self._settings, tuple(self._control_sockets), gateway_url=url)
 
     def _children(self) -> list[Child]:
@@ -420,6 +424,7 @@ def settings_after(handover: Handover, load: Callable[[], Settings], say: Callab
     return kept
 
 
-def _url(sock: socket.socket) -> str:
+def _url(sock: socket.socket, *, is_tls: bool) -> str:
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if is_tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -68,6 +68,11 @@ WAIT_BUCKETS_S: Final[tuple[float, ...]] = (
     60.0,
 )
 
+MIRROR_DROPS = ("queue_full", "bytes", "too_large", "upload", "model", "breaker_open", "stopping", "defect")
+"""Why a mirrored request was not sent: as many wait as may; the bodies held are as large as they may be; its own body
+is larger than `max_body`; its body was never whole in memory; its model could not be rewritten; the target is left
+alone; the gateway stops, or the target is no longer configured; a defect of the mirror."""
+
 
 def _histogram_names(name: str, buckets: tuple[float, ...]) -> tuple[str, ...]:
     return (*(f"{name}_le_{bound:g}" for bound in buckets), f"{name}_le_inf", f"{name}_sum_us")
@@ -80,6 +85,8 @@ WORKER_COUNTERS = (
     "usage_unknown",
     "accounting_errors",
     "retries",
+    "keys_refused",
+    "routes_refused",
     *(f"outcome_{outcome.value}" for outcome in Outcome),
     "spans_exported",
     "spans_dropped_queue",
@@ -93,6 +100,12 @@ WORKER_COUNTERS = (
     "live_ended",
     "live_failed",
     *_histogram_names("live_ttft", TTFT_BUCKETS_S),
+    "mirror_offered",
+    "mirror_sent",
+    "mirror_queued",
+    "mirror_in_flight",
+    *(f"mirror_dropped_{reason}" for reason in MIRROR_DROPS),
+    *(f"mirror_outcome_{outcome.value}" for outcome in Outcome),
     *SERIES_BLOCKS,
 )
 """The slots behind the journal's own, in order. Those in `GAUGES` are gauges; the rest only grow. Blocks come last."""
@@ -104,6 +117,8 @@ _RESPONSE_TOKENS = _SLOT["response_tokens"]
 _USAGE_UNKNOWN = _SLOT["usage_unknown"]
 _ACCOUNTING_ERRORS = _SLOT["accounting_errors"]
 _RETRIES = _SLOT["retries"]
+_KEYS_REFUSED = _SLOT["keys_refused"]
+_ROUTES_REFUSED = _SLOT["routes_refused"]
 # By text: an enum's own hash is a call in Python.
 _OUTCOMES = {outcome.value: _SLOT[f"outcome_{outcome.value}"] for outcome in Outcome}
 _EXEMPLAR_DUE: Final = _SLOT["exemplars"] + 1
@@ -126,6 +141,12 @@ _LIVE_TTFT = _SLOT[f"live_ttft_le_{TTFT_BUCKETS_S[0]:g}"]
 _LIVE_TTFT_SUM = _SLOT["live_ttft_sum_us"]
 # What a client has done wrong says nothing about how it is served.
 _WELL_SERVED = frozenset({Outcome.OK.value, Outcome.INVALID_REQUEST.value})
+_MIRROR_OFFERED = _SLOT["mirror_offered"]
+_MIRROR_SENT = _SLOT["mirror_sent"]
+_MIRROR_QUEUED = _SLOT["mirror_queued"]
+_MIRROR_IN_FLIGHT = _SLOT["mirror_in_flight"]
+_MIRROR_DROPPED = {reason: _SLOT[f"mirror_dropped_{reason}"] for reason in MIRROR_DROPS}
+_MIRROR_OUTCOMES = {outcome.value: _SLOT[f"mirror_outcome_{outcome.value}"] for outcome in Outcome}
 
 
 class WorkerMetrics:
@@ -206,6 +227,14 @@ class WorkerMetrics:
         """A request went to another upstream."""
         self._slots[_RETRIES] += 1
 
+    def key_refused(self) -> None:
+        """A request had no key that is good."""
+        self._slots[_KEYS_REFUSED] += 1
+
+    def route_refused(self) -> None:
+        """A request asked for what is not for clients."""
+        self._slots[_ROUTES_REFUSED] += 1
+
     def accounting_failed(self) -> None:
         """An answer could not be accounted for; its bytes passed on."""
         self._slots[_ACCOUNTING_ERRORS] += 1
@@ -231,8 +260,35 @@ class WorkerMetrics:
         """The shared limits are gone, and parts of them hold."""
         self._slots[_FALLBACKS] += 1
 
+    def mirror_queued(self) -> None:
+        """A request was drawn for a shadow target, and waits."""
+        self._slots[_MIRROR_OFFERED] += 1
+        self._slots[_MIRROR_QUEUED] += 1
 
-GAUGES = frozenset({"in_flight", "journal_unwritten", "shaping_waiting"})
+    def mirror_refused(self, reason: str) -> None:
+        """A request was drawn, and does not wait: one of MIRROR_DROPS."""
+        self._slots[_MIRROR_OFFERED] += 1
+        self._slots[_MIRROR_DROPPED[reason]] += 1
+
+    def mirror_dropped(self, reason: str) -> None:
+        """One that waited will not be sent: one of MIRROR_DROPS."""
+        self._slots[_MIRROR_QUEUED] -= 1
+        self._slots[_MIRROR_DROPPED[reason]] += 1
+
+    def mirror_sent(self) -> None:
+        """One that waited is in flight."""
+        slots = self._slots
+        slots[_MIRROR_QUEUED] -= 1
+        slots[_MIRROR_SENT] += 1
+        slots[_MIRROR_IN_FLIGHT] += 1
+
+    def mirror_ended(self, outcome: Outcome) -> None:
+        """The exchange with the shadow target is over."""
+        self._slots[_MIRROR_IN_FLIGHT] -= 1
+        self._slots[_MIRROR_OUTCOMES[outcome._value_]] += 1
+
+
+GAUGES = frozenset({"in_flight", "journal_unwritten", "shaping_waiting", "mirror_queued", "mirror_in_flight"})
 
 
 @dataclass(slots=True)
@@ -386,6 +442,12 @@ def worker_metrics(values: Mapping[str, int], examples: Mapping[int, Example] | 
     )
     yield CounterMetricFamily("burstgate_upstream_retries", "Requests sent to another upstream.", get("retries"))
     yield CounterMetricFamily("burstgate_injected_faults", "Faults injected into clients' requests.", get("faults"))
+    yield CounterMetricFamily(
+        "burstgate_keys_refused", "Requests refused for want of a good API key.", get("keys_refused")
+    )
+    yield CounterMetricFamily(
+        "burstgate_routes_refused", "Requests for routes that are not for clients.", get("routes_refused")
+    )
     yield CounterMetricFamily("burstgate_journal_bytes", "Bytes appended to the journal.", get("journal_bytes"))
     yield GaugeMetricFamily("burstgate_requests_in_flight", "Requests in the gateway now.", get("in_flight"))
     yield GaugeMetricFamily(
@@ -439,6 +501,7 @@ def worker_metrics(values: Mapping[str, int], examples: Mapping[int, Example] | 
     yield _histogram(
         "burstgate_shaping_wait_seconds", "How long requests were held.", "shaping_wait", WAIT_BUCKETS_S, values
     )
+    yield from _mirror_metrics(values)
 
 
 class ShapingMetrics:
@@ -511,3 +574,29 @@ def _sum_by_rule(views: Mapping[str, ShapingView], name: str) -> dict[str, int]:
             if value is not None:
                 total[rule.name] = total.get(rule.name, 0) + value
     return total
+
+
+def _mirror_metrics(values: Mapping[str, int]) -> Iterator[Metric]:
+    def get(name: str) -> int:
+        return values.get(name, 0)
+
+    yield CounterMetricFamily(
+        "burstgate_mirror_offered", "Requests drawn for a shadow target, copies included.", get("mirror_offered")
+    )
+    yield CounterMetricFamily("burstgate_mirror_sent", "Requests sent to a shadow target.", get("mirror_sent"))
+    dropped = CounterMetricFamily(
+        "burstgate_mirror_dropped", "Requests drawn for a shadow target and not sent, by reason.", labels=["reason"]
+    )
+    for reason in MIRROR_DROPS:
+        dropped.add_metric([reason], get(f"mirror_dropped_{reason}"))
+    yield dropped
+    ended = CounterMetricFamily(
+        "burstgate_mirror_requests", "Requests to shadow targets that ended, by outcome.", labels=["outcome"]
+    )
+    for outcome in Outcome:
+        ended.add_metric([outcome.value], get(f"mirror_outcome_{outcome.value}"))
+    yield ended
+    yield GaugeMetricFamily("burstgate_mirror_queued", "Requests that wait to be mirrored.", get("mirror_queued"))
+    yield GaugeMetricFamily(
+        "burstgate_mirror_in_flight", "Requests in flight at shadow targets.", get("mirror_in_flight")
+    )

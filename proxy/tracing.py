@@ -94,17 +94,17 @@ class Trace:
         """The trace's id as text."""
         return f"{self.trace_id:032x}"
 
-    def sends(self, head: RequestHead, name: str, url: BaseUrl, now_ns: int) -> bytes:
-        """The header lines for an attempt, which begins."""
+    def sends(self, head: RequestHead, lines: bytes, name: str, url: BaseUrl, now_ns: int) -> bytes:
+        """The header lines for an attempt, which begins. lines: as they would be sent without it."""
         attempt = Attempt(name, url, _draw(64), now_ns)
         self.attempts.append(attempt)
         if self._keeps_header:
-            return head.lines
+            return lines
         line = f"traceparent: 00-{self.trace_id:032x}-{attempt.span_id:016x}-{self.flags:02x}\r\n".encode()
         if not self.parent_id:
-            return head.lines + line
+            return lines + line
         old = encode_lines([header for header in head.forward if header[0].lower() == b"traceparent"])
-        return head.lines.replace(old, line, 1)
+        return lines.replace(old, line, 1)
 
     def failed(self, error_type: str, now_ns: int) -> None:
         """The last attempt led to nothing."""

@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import random
+import re
 import ssl
 import time
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from proxy.config_error import ConfigError
 from proxy.health import Health, State, Window, is_outlier, may_eject
 from proxy.models import ask, ask_models, merge
 from proxy.prefix import PrefixTable
+from proxy.request_head import CREDENTIALS
 from proxy.settings import Settings, UpstreamSettings
 from wire.http import HttpClient, client_context, parse_base_url
 from wire.http1 import Headers
@@ -36,6 +39,7 @@ BUDGET_WINDOW_NS = 10_000_000_000
 ASK_AGAIN_S = 5.0
 """An upstream that could not be asked for its models is asked again after this."""
 _NEVER_NS = 1 << 63
+_KEY = re.compile(r"[!-~]{1,4096}")
 _PLAIN = Decision(0, "least_in_flight", 1)
 
 
@@ -59,8 +63,8 @@ class UpstreamStatus(msgspec.Struct, frozen=True):
 class Upstream:
     """One vLLM server, as one worker sees it."""
 
-    __slots__ = ("bit", "client", "header", "health", "in_flight", "index", "is_retired", "models", "name",
-                 "settings", "window")  # fmt: skip
+    __slots__ = ("bit", "client", "credential", "header", "health", "in_flight", "index", "is_retired", "models",
+                 "name", "settings", "window")  # fmt: skip
 
     def __init__(
         self,
@@ -69,7 +73,10 @@ class Upstream:
         connect_timeout_s: float,
         idle_s: float,
         tls: ssl.SSLContext | None = None,
+        api_key: str | None = None,
     ) -> None:
+        self.credential = b"" if api_key is None else b"authorization: Bearer %b\r\n" % api_key.encode()
+        """A header line that takes the place of the client's own credentials; empty: those are sent on."""
         self.settings = UpstreamSettings(url=url) if isinstance(url, str) else url
         self.client = HttpClient(self.settings.url, connect_timeout_s=connect_timeout_s, idle_s=idle_s, tls=tls)
         self.name = self.settings.name or self.client.url.text
@@ -88,6 +95,13 @@ class Upstream:
         """In the fleet; -1 when it is not in it."""
         self.bit = 0
         """In the prefix table."""
+
+    def headers_for(self, headers: Headers) -> Headers:
+        """A client's headers for this upstream: its own credential replaces the client's."""
+        if not self.credential:
+            return headers
+        name, _, value = self.credential[:-2].partition(b": ")
+        return [header for header in headers if header[0].lower() not in CREDENTIALS] + [(name, value)]
 
     def connect_failed(self) -> None:
         """Pass it over for a while."""
@@ -108,7 +122,35 @@ def _make(wanted: UpstreamSettings, settings: Settings) -> Upstream:
     except (OSError, ValueError) as error:
         raise ConfigError(f"upstreams: {wanted.url}: {error}") from None
     timeouts = settings.timeouts
-    return Upstream(wanted, connect_timeout_s=timeouts.connect_s, idle_s=timeouts.upstream_idle_s, tls=tls)
+    return Upstream(
+        wanted,
+        connect_timeout_s=timeouts.connect_s,
+        idle_s=timeouts.upstream_idle_s,
+        tls=tls,
+        api_key=read_api_key(wanted),
+    )
+
+
+def read_api_key(wanted: UpstreamSettings) -> str | None:
+    """The upstream's key, from wherever it is configured. Raises ConfigError, which does not show it."""
+    key = wanted.api_key
+    place = "api_key"
+    if wanted.api_key_env is not None:
+        place = f"api_key_env: {wanted.api_key_env}"
+        key = os.environ.get(wanted.api_key_env)
+        if key is None:
+            raise ConfigError(f"upstreams: {wanted.url}: {place}: no such environment variable")
+    elif wanted.api_key_file is not None:
+        place = f"api_key_file: {wanted.api_key_file}"
+        try:
+            key = wanted.api_key_file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ConfigError(f"upstreams: {wanted.url}: {place}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"upstreams: {wanted.url}: {place}: expected text") from None
+    if key is not None and not _KEY.fullmatch(key):
+        raise ConfigError(f"upstreams: {wanted.url}: {place}: expected 1 to 4096 visible ASCII characters")
+    return key
 
 
 def build_fleet(settings: Settings) -> Fleet:
@@ -187,6 +229,7 @@ class Fleet:
             kept.settings = new.settings
             kept.name = new.name
             kept.header = new.header
+            kept.credential = new.credential
             fleet.append(kept)
         for gone in here.values():
             gone.is_retired = True
@@ -194,6 +237,17 @@ class Fleet:
             gone.client.close()
         self._configure(tuple(fleet), settings)
         self._watch_all()
+
+    def reread_keys(self) -> None:
+        """Take over keys that have changed in their files; one that can not be read stays as it was."""
+        for upstream in self.upstreams:
+            if upstream.settings.api_key_file is not None:
+                try:
+                    key = read_api_key(upstream.settings)
+                except ConfigError as error:
+                    log.error("%s", error)
+                    continue
+                upstream.credential = b"authorization: Bearer %b\r\n" % (key or "").encode()
 
     def close(self) -> None:
         """Close idle connections."""
@@ -426,7 +480,9 @@ class Fleet:
         """True when it is up again."""
         path = self.settings.health.path
         try:
-            status, _ = await ask(upstream.client, path.encode(), [], self.settings.health.timeout_s)
+            status, _ = await ask(
+                upstream.client, path.encode(), upstream.headers_for([]), self.settings.health.timeout_s
+            )
         except OSError as failure:
             error: str | None = f"GET {path}: {failure}"
         else:
@@ -439,7 +495,7 @@ class Fleet:
     async def _ask(self, upstream: Upstream) -> bool:
         """Learn an upstream's models; False when it could not be asked. What it says wrongly changes nothing."""
         try:
-            _, models = await ask_models(upstream.client, [], self.settings.health.timeout_s)
+            _, models = await ask_models(upstream.client, upstream.headers_for([]), self.settings.health.timeout_s)
         except OSError:
             return False
         if models is not None and upstream.settings.models is None and upstream.models != tuple(models):
@@ -453,7 +509,11 @@ class Fleet:
         `proxy.models.merge` says what it holds. Upstreams that drain are left out: nothing new reaches them.
         """
         timeout_s = self.settings.health.timeout_s
-        asking = [ask_models(each.client, headers, timeout_s) for each in self.upstreams if not each.settings.drain]
+        asking = [
+            ask_models(each.client, each.headers_for(headers), timeout_s)
+            for each in self.upstreams
+            if not each.settings.drain
+        ]
         answers = []
         for answer in await asyncio.gather(*asking, return_exceptions=True):
             if isinstance(answer, BaseException):

@@ -22,6 +22,7 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, gc=False):
     origin: Origin = Origin.CLIENT
     run_id: str | None = None
     tenant: str | None = None
+    shadow_of: str | None = None
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -53,5 +54,6 @@ def crash_record(begun: Begun, gateway: str) -> TraceRecord:
         origin=begun.origin,
         run_id=begun.run_id,
         tenant=begun.tenant,
+        shadow_of=begun.shadow_of,
         gateway=gateway,
     )

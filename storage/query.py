@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sqlite3
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -23,8 +23,13 @@ from storage.engine import database_errors
 from storage.schema import datasets, requests
 from traces.batch import SCHEMA
 from traces.codec import TraceClock
+from traces.shadow import PAIR_FIELDS, PAIRS
 
 _Cursor: TypeAlias = "sqlite3.Cursor | psycopg.ServerCursor[Any]"
+
+MAX_SHADOW_DELAY_S = 2 * 86_400.0
+"""Between a primary and its shadow lie a collected window, of a day at most, its release and the queue."""
+CLOCK_STEP_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,20 +168,29 @@ def read_datasets(engine: sa.Engine) -> dict[str, Dataset]:
         }
 
 
-def read_batches(engine: sa.Engine, selection: Filter, *, batch_rows: int = 50_000) -> Generator[pl.DataFrame]:
+def read_batches(
+    engine: sa.Engine, selection: Filter, *, batch_rows: int = 50_000, fields: Collection[str] | None = None
+) -> Generator[pl.DataFrame]:
     """The matching requests as batches of 1 to `batch_rows` rows, ordered by (received_at, request_id).
 
-    Holds one connection until it is exhausted or closed. Raises ValueError for batch_rows < 1, DatabaseUnavailable
-    while iterating.
+    fields: of the record; the batches have these columns and no others, in the record's order. None is all: a reader
+    of half of them takes half of the time. Holds one connection until it is exhausted or closed.
+    Raises ValueError for batch_rows < 1 and for fields that name none of the record's, DatabaseUnavailable while
+    iterating.
     """
     if batch_rows < 1:
         raise ValueError(f"batch_rows: expected an integer >= 1, got {batch_rows}")
-    return _read_batches(engine, selection, batch_rows)
+    names = [name for name in SCHEMA if fields is None or name in fields]
+    if not names:
+        raise ValueError(f"fields: expected fields of a record, got {', '.join(fields or ()) or 'none'}")
+    return _read_batches(engine, selection, batch_rows, names)
 
 
-def _read_batches(engine: sa.Engine, selection: Filter, batch_rows: int) -> Generator[pl.DataFrame]:
+def _read_batches(
+    engine: sa.Engine, selection: Filter, batch_rows: int, names: Sequence[str]
+) -> Generator[pl.DataFrame]:
     statement = (
-        sa.select(requests)
+        sa.select(*(requests.c[name] for name in names))
         .where(*conditions(selection))
         .order_by(requests.c.received_at, requests.c.request_id)
         .compile(engine, compile_kwargs={"render_postcompile": True})
@@ -191,9 +205,53 @@ def _read_batches(engine: sa.Engine, selection: Filter, batch_rows: int) -> Gene
             opened.callback(_close_quietly, cursor)
             rows = cursor.fetchmany(batch_rows)
         while rows:
-            yield _batch_of(rows)
+            yield _batch_of(rows, names)
             with database_errors(engine):
                 rows = cursor.fetchmany(batch_rows)
+
+
+def read_pairs(
+    engine: sa.Engine,
+    target: str,
+    *,
+    start_s: float | None = None,
+    end_s: float | None = None,
+    batch_rows: int = 50_000,
+) -> Generator[pl.DataFrame]:
+    """A shadow target's requests beside their primaries, as batches of `traces.shadow.PAIRS`.
+
+    start_s, end_s: of the shadows, epoch seconds, start included, end not. Where the primary is not there, its columns
+    are null. Raises DatabaseUnavailable while iterating.
+    """
+    shadow, primary = requests.alias("shadow"), requests.alias("primary")
+    is_its = primary.c.request_id == shadow.c.shadow_of
+    if start_s is not None:  # so that not all that was ever recorded is joined
+        is_its &= primary.c.received_at >= start_s - MAX_SHADOW_DELAY_S
+    if end_s is not None:
+        is_its &= primary.c.received_at < end_s + CLOCK_STEP_S
+    columns = [
+        side.c[name].label(f"{of}_{name}") for of, side in (("a", primary), ("b", shadow)) for name in PAIR_FIELDS
+    ]
+    statement = (
+        sa.select(*columns, shadow.c.agreement)
+        .select_from(shadow.outerjoin(primary, is_its))
+        .where(shadow.c.origin == "shadow", shadow.c.upstream == target)
+    )
+    if start_s is not None:
+        statement = statement.where(shadow.c.received_at >= start_s)
+    if end_s is not None:
+        statement = statement.where(shadow.c.received_at < end_s)
+    with database_errors(engine), engine.connect() as connection:
+        found = connection.execution_options(yield_per=batch_rows).execute(statement)
+        for rows in found.partitions():
+            yield pl.DataFrame([tuple(row) for row in rows], schema=PAIRS, orient="row")
+
+
+def read_shadow_targets(engine: sa.Engine) -> list[str]:
+    """The shadow targets that have requests, by name. Raises DatabaseUnavailable."""
+    with database_errors(engine), engine.connect() as connection:
+        statement = sa.select(requests.c.upstream).where(requests.c.origin == "shadow").distinct()
+        return sorted(name for name in connection.execute(statement).scalars() if name is not None)
 
 
 def _execute(driver: object, statement: str, values: Any) -> _Cursor:
@@ -214,13 +272,14 @@ def _close_quietly(cursor: _Cursor) -> None:
         cursor.close()
 
 
-def _batch_of(rows: Sequence[tuple[Any, ...]]) -> pl.DataFrame:
+def _batch_of(rows: Sequence[tuple[Any, ...]], names: Sequence[str]) -> pl.DataFrame:
     """Rows of the driver as a batch; SQLite has booleans as 0 and 1, and blocks are packed in both."""
-    columns = dict(zip(SCHEMA, zip(*rows, strict=True), strict=True))
-    columns["stream"] = tuple(map(bool, columns["stream"]))
-    blocks = columns["prefix_blocks"]
+    columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+    if "stream" in columns:
+        columns["stream"] = tuple(map(bool, columns["stream"]))
+    blocks = columns.get("prefix_blocks", ())
     if any(packed is not None for packed in blocks):
         columns["prefix_blocks"] = tuple(
             None if packed is None else np.frombuffer(packed, dtype="<u8").tolist() for packed in blocks
         )
-    return pl.DataFrame([pl.Series(name, columns[name], dtype=dtype) for name, dtype in SCHEMA.items()])
+    return pl.DataFrame([pl.Series(name, columns[name], dtype=SCHEMA[name]) for name in names])

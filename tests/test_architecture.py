@@ -137,7 +137,7 @@ PURE = ["wire/sse.py", "wire/openai.py", "wire/shapes.py", "wire/accounting.py",
         "traces/record.py", "traces/batch.py", "storage/frame.py", "storage/entries.py",
         "proxy/balance.py", "proxy/request_head.py", "proxy/answer_head.py", "proxy/estimates.py",
         "proxy/errors.py", "proxy/shaping.py", "proxy/pacing.py", "proxy/faults.py", "proxy/guard_rails.py",
-        "replay/timeline.py", "replay/verdict.py"]  # fmt: skip
+        "proxy/agreement.py", "proxy/access.py", "replay/timeline.py", "replay/verdict.py"]  # fmt: skip
 
 
 @pytest.mark.parametrize("file", PURE)

@@ -149,6 +149,16 @@ def test_commands_shown_exist_with_the_flags_shown(page: Path) -> None:
         assert flags <= known | {"--help"}, f"{page.name}: {command.name}: unknown {flags - known}"
 
 
+def test_each_threat_has_its_test() -> None:
+    rows = [row for row in (ROOT / "docs" / "security.md").read_text().splitlines() if row.startswith("| ")][1:]
+    assert len(rows) > 10
+    for row in rows:
+        tests = re.findall(r"`(tests/[^`]+)`", row.rsplit(" | ", 1)[1])
+        assert tests, row
+        for path, _, name in (test.partition("::") for test in tests):
+            assert f"def {name}(" in (ROOT / path).read_text() if name else (ROOT / path).exists(), (path, name)
+
+
 def test_readme_shows_commands() -> None:
     assert {words[0] for words in _commands(ROOT / "README.md")} >= {"serve", "export", "replay", "doctor", "stats"}
 

@@ -40,14 +40,14 @@ from traces.latency import LatencyReport, describe_latency
 from traces.lengths import LengthReport, describe_lengths
 from traces.load import Load, arrival_rates_rps, in_flight_at_arrivals, load_over_time
 from traces.periodicity import Periodicity, describe_periodicity
-from traces.record import LogType
+from traces.record import LogType, Origin
 from traces.table import READS, Service, collect, services, view
 
 FIELDS: Final = READS
 """The fields of a record that an analysis reads."""
 MOST_SERVICES: Final = 8
-MOST_FITS: Final = 15_000
-"""Windows of 5 minutes that are fitted one by one; of more (52 days of them), every fifth, seventh, ..."""
+MOST_FITS: Final = 200_000
+"""Windows of 5 minutes that are fitted one by one; of more (two years of them), every fifth, seventh, ..."""
 BOUNDS: Final = {"ttft": "ttft_s", "tpot": "tpot_s", "e2e": "elapsed_s", "queue": "queue_s"}
 """Names of objectives, and the columns that they bound."""
 
@@ -57,17 +57,20 @@ Step = Callable[[str], None]
 class Options(msgspec.Struct, frozen=True):
     """zone: IANA name of the clock that days and hours are of. slo: the share of valid requests that must not fail.
     bounds_s: a column of BOUNDS to the most seconds that a good request may take. most_services: the largest ones, that
-    periods and lengths are described of one by one."""
+    periods and lengths are described of one by one. all_origins: False leaves out what is not a client's where a trace
+    has clients' requests and others (replays, injected bursts, shadows)."""
 
     zone: str = "UTC"
     slo: float = 0.999
     bounds_s: dict[str, float] = {}
     most_services: int = MOST_SERVICES
+    all_origins: bool = False
 
 
 class Source(msgspec.Struct, frozen=True):
     """What was read. dropped: reason to rows that have no place in time; blanked: column to values taken as unknown.
-    origins: who caused the requests, most first."""
+    origins: who caused the requests, most first. requests: those that the statistics are of, of the clients alone where
+    others were left out."""
 
     rows_read: int
     requests: int
@@ -176,7 +179,7 @@ def analyze(batches: Iterable[pl.DataFrame], options: Options | None = None, on_
     options = options or Options()
     zone = check_options(options)
     say = on_step or (lambda _: None)
-    table, source = _read(batches, say)
+    table, source = _read(batches, options, say)
     stamps_s = view(table["received_at"])
 
     say("conversations")
@@ -220,14 +223,14 @@ def analyze_failures(
     options = options or Options()
     check_options(options)
     say = on_step or (lambda _: None)
-    table, source = _read(batches, say)
+    table, source = _read(batches, options, say)
     say("bursts")
     episodes = burst_episodes(view(table["received_at"]))
     say("failures")
     return source, _failures(table, in_flight_at_arrivals(table).astype(np.int32), episodes, options)
 
 
-def _read(batches: Iterable[pl.DataFrame], say: Step) -> tuple[pl.DataFrame, Source]:
+def _read(batches: Iterable[pl.DataFrame], options: Options, say: Step) -> tuple[pl.DataFrame, Source]:
     def counted() -> Iterable[pl.DataFrame]:
         rows = 0
         for batch in batches:
@@ -237,13 +240,17 @@ def _read(batches: Iterable[pl.DataFrame], say: Step) -> tuple[pl.DataFrame, Sou
 
     say("reading")
     found = collect(counted())
-    origins = found.table["origin"].value_counts(sort=True).cast({"origin": pl.String})
-    return found.table, Source(
+    table = found.table
+    counts = table["origin"].value_counts(sort=True).cast({"origin": pl.String})
+    origins = {name: n for name, n in counts.iter_rows() if name is not None}
+    if not options.all_origins and len(origins) > 1 and Origin.CLIENT in origins:
+        table = table.filter(pl.col("origin") == Origin.CLIENT.value)
+    return table, Source(
         rows_read=found.rows_read,
-        requests=found.table.height,
+        requests=table.height,
         dropped=found.dropped,
         blanked={name: n for name, n in found.blanked.items() if n},
-        origins={name: n for name, n in origins.iter_rows() if name is not None},
+        origins=origins,
     )
 
 
@@ -323,15 +330,25 @@ def _failures(
     )
 
 
-def _warnings(source: Source, arrivals: Arrivals, load: Load | None) -> tuple[str, ...]:
+def source_warnings(source: Source) -> tuple[str, ...]:
+    """What a reader is to mind of what was read, in words."""
     found = [f"{n:,} rows left out: {reason}" for reason, n in source.dropped.items()]
     found += [
         f"{name}: {n:,} values taken as unknown: negative, not a number or too large"
         for name, n in source.blanked.items()
     ]
     if len(source.origins) > 1:
-        told = ", ".join(f"{name} {n:,}" for name, n in source.origins.items())
-        found.append(f"requests of several origins together ({told}): --origin takes one")
+        if source.requests == sum(source.origins.values()):
+            told = ", ".join(f"{name} {n:,}" for name, n in source.origins.items())
+            found.append(f"requests of several origins together ({told}): --origin takes one")
+        else:
+            told = ", ".join(f"{name} {n:,}" for name, n in source.origins.items() if name != Origin.CLIENT)
+            found.append(f"only the clients' own requests are in this; left out: {told} (--origin takes them)")
+    return tuple(found)
+
+
+def _warnings(source: Source, arrivals: Arrivals, load: Load | None) -> tuple[str, ...]:
+    found = list(source_warnings(source))
     if load is None and source.requests:
         found.append("no request has an elapsed time above 0: nothing is known of what was in flight")
     if arrivals.requests > 1 and arrivals.zero_gaps > arrivals.requests / 2:

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from traces.analysis import Analysis, ArrivalPart, Source
+from traces.analysis import Analysis, ArrivalPart, Source, source_warnings
 from traces.burstiness import Quantiles
-from traces.compare import Comparison, Difference
+from traces.compare import Axis, Comparison, Difference
 from traces.failures import FailureReport, Group, LoadEffect, Rate, Span
 from traces.latency import LatencyReport
 from traces.lengths import Distribution, LengthStats
+from traces.shadow import ShadowComparison
 from traces.summary import one_line, plain_table, shown_number, shown_percent, shown_stamp
 from traces.table import Service
 
@@ -52,7 +53,7 @@ def render(analysis: Analysis, console: Console) -> None:
 def render_failures(source: Source, failures: FailureReport, console: Console) -> None:
     """Print the failures of a trace."""
     _print_failures(failures, console)
-    _print_warnings([f"{n:,} rows left out: {reason}" for reason, n in source.dropped.items()], console)
+    _print_warnings(source_warnings(source), console)
 
 
 def render_comparison(comparison: Comparison, a: str, b: str, console: Console) -> None:
@@ -63,9 +64,29 @@ def render_comparison(comparison: Comparison, a: str, b: str, console: Console) 
         f"interval: {comparison.options.confidence:.0%}, of B / A - 1, or of B - A for shares; same: within the"
         " tolerance, different: outside, unknown: it cannot be told",
     )
+    _add_axes(table, comparison.axes)
+    console.print(table)
+
+
+def render_shadow(found: ShadowComparison, console: Console) -> None:
+    """Print a comparison of a shadow target with production."""
+    table = plain_table(
+        f"{found.verdict.upper()}: {one_line(found.target)}, {found.pairs:,} requests beside their primaries"
+        + (f"; {found.unpaired:,} without one" if found.unpaired else ""),
+        f"A: primaries, B: shadows; interval: {found.options.confidence:.0%}, of B / A - 1, or of B - A for shares;"
+        " same: within the tolerance, different: outside, unknown: it cannot be told",
+    )
+    _add_axes(table, found.axes)
+    console.print(table)
+    if found.changes:
+        changed = ", ".join(f"{each.primary} -> {each.shadow} {each.requests:,}" for each in found.changes)
+        console.print(f"outcomes that differ: {changed}")
+
+
+def _add_axes(table: Table, axes: Iterable[Axis]) -> None:
     for heading in ("", "A", "B", "difference", "interval", "verdict"):
         table.add_column(heading, justify="left" if heading in ("", "verdict") else "right")
-    for axis in comparison.axes:
+    for axis in axes:
         said = axis.verdict.value if axis.is_known else "not in both traces"
         table.add_row(f"[bold]{axis.name}[/]", "", "", "", "", f"[bold]{said}[/]")
         for each in axis.differences if axis.is_known else ():
@@ -81,7 +102,6 @@ def render_comparison(comparison: Comparison, a: str, b: str, console: Console) 
                 f"{each_distance.ks_low:.3f} {each_distance.ks_high:.3f}",
                 each_distance.verdict,
             )
-    console.print(table)
 
 
 def _difference(each: Difference) -> tuple[str, str]:

@@ -72,6 +72,10 @@ LEVELS: Final = 5
 """Halves of an octave that a detrended rate may lie from its window's."""
 STEP: Final = 0.01
 """Of the differences in log alpha."""
+SMOOTH_SHAPE: Final = 8.0
+SMOOTH_RATE: Final = 2.0
+"""Up to this alpha, and this beta in 1/s, a density turns so little within a second that quadrature is as good."""
+QUADRATURE_NODES: Final = 5
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -442,6 +446,8 @@ def _rounded(gaps_s: Array, weight: Array | None, place: Ints, mean_s: Array, wi
     cell_first, point_first = np.searchsorted(cell, edges), np.searchsorted(point, edges)
     h = np.empty(len(point))
 
+    log_ratio, offset, hat = _hat_nodes(int(gap.max(initial=0)))
+
     def log_likelihood(log_alpha: Array, at: Ints) -> Array:
         from scipy.special import gammaincc, gammaln
 
@@ -449,25 +455,48 @@ def _rounded(gaps_s: Array, weight: Array | None, place: Ints, mean_s: Array, wi
             return np.repeat(values, np.diff(first)[at])
 
         alpha, gamma_log = np.exp(log_alpha), gammaln(np.exp(log_alpha))
+        is_smooth = ((alpha <= SMOOTH_SHAPE) & (alpha <= SMOOTH_RATE * mean_s[at])).astype(np.float64)
         here, cells = _spread(point_first, at), _spread(cell_first, at)
-        a, m, t = spread(alpha, point_first), point_mean_s[here], np.maximum(y[here], 0)
+        is_exact = (spread(is_smooth, point_first) == 0) | (y[here] <= 2)
+        here = here[is_exact]
+        a, m, t = spread(alpha, point_first)[is_exact], point_mean_s[here], np.maximum(y[here], 0)
         z = a * t / m
         # By parts: H(y) = (m - y) Q(alpha, z) + m z^alpha e^-z / Gamma(alpha + 1), z = alpha y / m; m - y below 0.
-        density = np.exp(a * np.log(np.maximum(z, 1e-300)) - z - spread(gamma_log + log_alpha, point_first))
+        log_scale = spread(gamma_log + log_alpha, point_first)[is_exact]
+        density = np.exp(a * np.log(np.maximum(z, 1e-300)) - z - log_scale)
         h[here] = np.where(y[here] > 0, (m - t) * gammaincc(a, z) + m * density, m - y[here])
-        at_g = same[cells]
+        log_p = np.empty(len(cells))
+        is_exact = (spread(is_smooth, cell_first) == 0) | (gap[cells] <= 1)
+        at_g = same[cells[is_exact]]
         p = h[at_g + 1] - 2 * h[at_g] + h[at_g - 1]
         has_p = p > 1e-11 * h[at_g]
-        log_p = np.log(np.where(has_p, p, 1))
-        if not has_p.all():
-            # So far out that the difference is lost in rounding; there the density is all but P.
-            far = ~has_p
-            a, m, x = (v[far] for v in (spread(alpha, cell_first), cell_mean_s[cells], np.maximum(gap[cells], 0.5)))
-            log_p[far] = a * np.log(a / m) - gammaln(a) + (a - 1) * np.log(x) - a * x / m
+        log_p[is_exact] = np.log(np.where(has_p, p, 1))
+        a, m, x = spread(alpha, cell_first), cell_mean_s[cells], np.maximum(gap[cells], 0.5)
+        # The log density at g; of a gap so far out that the difference is lost in rounding it is all but P.
+        log_f = a * np.log(a / m) - spread(gamma_log, cell_first) + (a - 1) * np.log(x) - a * x / m
+        far = np.flatnonzero(is_exact)[~has_p]
+        log_p[far] = log_f[far]
+        rest = np.flatnonzero(~is_exact)
+        around = log_ratio[gap[cells[rest]].astype(np.int64)] * (a[rest] - 1)[:, None]
+        around -= (a[rest] / m[rest])[:, None] * offset
+        log_p[rest] = log_f[rest] + np.log(np.exp(around, out=around) @ hat)
         of = spread(np.arange(len(at)).astype(np.float64), cell_first).astype(np.int64)
         return np.bincount(of, n[cells] * log_p, len(at)).astype(np.float64)
 
     return log_likelihood
+
+
+def _hat_nodes(most: int) -> tuple[Array, Array, Array]:
+    """Gauss-Legendre quadrature of P(g), g >= 2, over (g - 1, g) and (g, g + 1): nodes x, weights times 1 - |x - g|.
+
+    Returns log(x / g), shape (most + 1, nodes), rows 0 and 1 unused; x - g and the weights, shape (nodes,). With f as
+    smooth as SMOOTH_SHAPE and SMOOTH_RATE say, P is right to 1 part in 10^6, in a tenth of the time of two H.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(QUADRATURE_NODES)
+    offset: Array = np.concatenate(((nodes - 1) / 2, (nodes + 1) / 2))
+    hat: Array = np.tile(weights / 2, 2) * (1 - np.abs(offset))
+    gap = np.maximum(np.arange(most + 1), 2)[:, None]
+    return np.log1p(offset / gap), offset, hat
 
 
 def _spread(first: Ints, at: Ints) -> Ints:

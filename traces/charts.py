@@ -25,6 +25,8 @@ from traces.periodicity import Box, Periodicity
 from traces.table import Service, clock_s
 
 SHOWN_SERVICES: Final = 4
+MOST_WEEKS: Final = 160
+"""Of a heat map: three years."""
 MIN_SHOWN: Final = 50
 """Requests under which a service has no figures of its own."""
 WEEKDAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
@@ -141,14 +143,17 @@ def _is_shown(service: Service | None) -> bool:
 
 
 def _weeks(each: Periodicity, name: str, suffix: str) -> Chart:
+    shown = each.weeks[-MOST_WEEKS:]
+    cut = "" if len(shown) == len(each.weeks) else f" The last {len(shown)} of {len(each.weeks):,} weeks."
     rows = [
         (week.monday, day, n)
-        for week in each.weeks
+        for week in shown
         for day, n in zip(WEEKDAYS, week.requests, strict=True)
     ]  # fmt: skip
     return Chart(
         f"weeks{suffix}", f"Requests by week and weekday: {name}",
-        "Each cell is a day: rows that look alike are a weekly rhythm, pale columns its days off.",
+        "Each cell is a day: rows that look alike are a weekly rhythm, dark columns its days off."
+        f"{cut}",
         "weekday", "week of", _table(rows, {"week_of": pl.String, "weekday": pl.String, "requests": pl.Int64}),
         x="weekday", y="week_of", value="requests", mark="heat",
     )  # fmt: skip

@@ -39,6 +39,7 @@ from traces.table import view
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 WINDOWS_S: Final = (1, 10, 60)
 """Windows of the indices of dispersion."""
@@ -166,7 +167,7 @@ def compare(a: pl.DataFrame, b: pl.DataFrame, options: Options | None = None) ->
         _failures([a, b], blocks, options, rng),
         _latency(a, b, options, rng),
     )
-    verdict = _together(axis.verdict for axis in axes if axis.is_known)
+    verdict = together(axis.verdict for axis in axes if axis.is_known)
     return Comparison(verdict, a.height, b.height, axes, options)
 
 
@@ -185,20 +186,23 @@ def check_options(options: Options) -> None:
             raise ValueError(f"compare: {name}: expected {rule}, got {value:g}")
 
 
-def _together(verdicts: Iterable[Verdict]) -> Verdict:
+def together(verdicts: Iterable[Verdict]) -> Verdict:
+    """Different if any is, same if all are."""
     seen = set(verdicts)
     if Verdict.DIFFERENT in seen:
         return Verdict.DIFFERENT
     return Verdict.SAME if seen == {Verdict.SAME} else Verdict.UNKNOWN
 
 
-def _axis(name: str, differences: Sequence[Difference], distances: Sequence[Distance] = ()) -> Axis:
+def axis_of(name: str, differences: Sequence[Difference], distances: Sequence[Distance] = ()) -> Axis:
+    """An axis with the verdict of what both sides know of it."""
     known = [each.verdict for each in differences if each.a is not None and each.b is not None]
     known += [each.verdict for each in distances]
-    return Axis(name, _together(known), bool(known), tuple(differences), tuple(distances))
+    return Axis(name, together(known), bool(known), tuple(differences), tuple(distances))
 
 
-def _judge(low: float, high: float, tolerance: float) -> Verdict:
+def judge(low: float, high: float, tolerance: float) -> Verdict:
+    """What an interval says of a difference."""
     if -tolerance <= low and high <= tolerance:
         return Verdict.SAME
     return Verdict.DIFFERENT if low > tolerance or high < -tolerance else Verdict.UNKNOWN
@@ -225,7 +229,7 @@ def _difference(
         return Difference(name, a.value, b.value, point, None, None, is_relative, Verdict.UNKNOWN)
     tail = (1 - options.confidence) / 2
     low, high = (float(edge) for edge in np.quantile(draws, [tail, 1 - tail]))
-    return Difference(name, a.value, b.value, point, low, high, is_relative, _judge(low, high, tolerance))
+    return Difference(name, a.value, b.value, point, low, high, is_relative, judge(low, high, tolerance))
 
 
 def _distance(name: str, samples: Sequence[_Sample | None], options: Options) -> list[Distance]:
@@ -240,7 +244,7 @@ def _distance(name: str, samples: Sequence[_Sample | None], options: Options) ->
     slack = sum(math.sqrt(math.log(4 / (1 - options.confidence)) / (2 * side.n)) for side in (a, b))
     low, high = max(ks - slack, 0.0), min(ks + slack, 1.0)
     moved = wasserstein_distance(a.values, b.values, *(np.diff(side.cumulative, prepend=0) for side in (a, b)))
-    return [Distance(name, a.n, b.n, ks, low, high, float(moved), _judge(low, high, options.ks_tolerance))]
+    return [Distance(name, a.n, b.n, ks, low, high, float(moved), judge(low, high, options.ks_tolerance))]
 
 
 def _sample(values: NDArray[Any]) -> _Sample | None:
@@ -287,7 +291,8 @@ class _Cells:
 
     A cell is a minute where the trace has MIN_CELLS of them, else 10 s, else 1 s, and longer where more than MAX_CELLS
     would be needed. Columns: requests, failures, gaps, their sum and sum of squares (a gap belongs to the cell of its
-    later arrival), and for each of WINDOWS_S that fits into a cell the sum of squared counts.
+    later arrival), for each of WINDOWS_S that fits into a cell the sum of squared counts, and for each way of failing
+    how many did.
     """
 
     def __init__(self, table: pl.DataFrame) -> None:
@@ -319,6 +324,11 @@ class _Cells:
             counts = np.diff(first, append=len(window))
             place = np.minimum(window[first] * width_s // self.cell_s, cells - 1)
             columns.append(np.bincount(place, np.square(counts), cells))
+        self.outcomes = _outcomes([table])
+        columns += [
+            np.bincount(cell[(table["outcome"] == name).to_numpy()[: len(cell)]], minlength=cells)
+            for name in self.outcomes
+        ]
         self.sums = np.column_stack(columns).astype(np.float64)
 
     def draws(self, options: Options, rng: np.random.Generator) -> Array:
@@ -351,6 +361,8 @@ class _Cells:
                 "cv": np.sqrt(np.maximum(gap_squares / gaps - mean_s**2, 0)) / mean_s,
                 "failure_rate": failures / requests,
             }
+            for name, column in zip(self.outcomes, sums[:, 5 + len(self.windows_s) : -1].T, strict=True):
+                found[name] = column / requests
             for column, width_s in enumerate(self.windows_s, start=5):
                 windows = cells * (self.cell_s / width_s)
                 mean = requests / windows
@@ -375,7 +387,7 @@ NOTHING: Final = _Figure(None, np.empty(0))
 def _arrivals(blocks: Sequence[Mapping[str, _Figure]], options: Options) -> Axis:
     """Over whole cells; unknown for a trace of under MIN_CELLS seconds."""
     names = ("rate_rps", "cv", *(f"dispersion_{width_s}s" for width_s in WINDOWS_S))
-    return _axis(
+    return axis_of(
         "arrivals",
         [
             _difference(name, [figures.get(name, NOTHING) for figures in blocks], options.arrival_tolerance, options)
@@ -390,24 +402,39 @@ def _failures(
     options: Options,
     rng: np.random.Generator,
 ) -> Axis:
-    """The share of requests that failed, all rows, resampled by blocks.
+    """The shares of requests that failed and of each outcome that either trace has, all rows, resampled by blocks.
 
-    Where a trace is too short for blocks, or where none or all failed, of which every resample would be the same: draws
-    of the share's posterior under Jeffreys' prior, Beta(failures + 1/2, rest + 1/2).
+    Where a trace is too short for blocks, or where none or all are so, of which every resample would be the same: draws
+    of the share's posterior under Jeffreys' prior, Beta(rows that are so + 1/2, rest + 1/2).
     """
 
-    def figure(table: pl.DataFrame, resampled: _Figure) -> _Figure:
+    def figure(table: pl.DataFrame, rows: Flags, resampled: _Figure) -> _Figure:
         if not table.height:
             return NOTHING
-        failed = int(np.count_nonzero(is_failure(table)))
-        share = failed / table.height
+        there = int(np.count_nonzero(rows))
+        share = there / table.height
         if 0 < share < 1 and len(resampled.draws) and np.isfinite(resampled.draws).all():
             return _Figure(share, resampled.draws)
-        return _Figure(share, rng.beta(failed + 0.5, table.height - failed + 0.5, options.rounds))
+        return _Figure(share, rng.beta(there + 0.5, table.height - there + 0.5, options.rounds))
 
-    figures = [figure(table, each.get("failure_rate", NOTHING)) for table, each in zip(tables, blocks, strict=True)]
-    failure_rate = _difference("failure_rate", figures, options.failure_tolerance, options, is_relative=False)
-    return _axis("failures", [failure_rate])
+    differences = []
+    for name in ("failure_rate", *_outcomes(tables)):
+        figures = [
+            figure(
+                table,
+                is_failure(table) if name == "failure_rate" else (table["outcome"] == name).to_numpy(),
+                each.get(name, NOTHING),
+            )
+            for table, each in zip(tables, blocks, strict=True)
+        ]
+        differences.append(_difference(name, figures, options.failure_tolerance, options, is_relative=False))
+    return axis_of("failures", differences)
+
+
+def _outcomes(tables: Sequence[pl.DataFrame]) -> list[str]:
+    """The ways of failing that any of the tables has."""
+    seen = {name for table in tables for name in table["outcome"].unique().drop_nulls().to_list()}
+    return [outcome.value for outcome in Outcome if outcome is not Outcome.OK and outcome.value in seen]
 
 
 def _lengths(a: pl.DataFrame, b: pl.DataFrame, options: Options, rng: np.random.Generator) -> Axis:
@@ -422,7 +449,7 @@ def _lengths(a: pl.DataFrame, b: pl.DataFrame, options: Options, rng: np.random.
         samples = [_sample_of(lengths) for lengths in counts]
         differences += _quantiles(name, samples, options.length_tolerance, options, rng)
         distances += _distance(name, samples, options)
-    return _axis("lengths", differences, distances)
+    return axis_of("lengths", differences, distances)
 
 
 def _quantiles(
@@ -448,7 +475,7 @@ def _sessions(a: pl.DataFrame, b: pl.DataFrame, options: Options, rng: np.random
         *_distance("turns", [_sample_of(each) for each in turns], options),
         *_distance("gap_s", gaps, options),
     ]
-    return _axis("sessions", differences, distances)
+    return axis_of("sessions", differences, distances)
 
 
 def _latency(a: pl.DataFrame, b: pl.DataFrame, options: Options, rng: np.random.Generator) -> Axis:
@@ -459,4 +486,4 @@ def _latency(a: pl.DataFrame, b: pl.DataFrame, options: Options, rng: np.random.
         samples = [_sample(view(table[name])[~is_failure(table)]) for table in (a, b)]
         differences += _quantiles(name, samples, options.latency_tolerance, options, rng)
         distances += _distance(name, samples, options)
-    return _axis("latency", differences, distances)
+    return axis_of("latency", differences, distances)

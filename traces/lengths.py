@@ -193,9 +193,8 @@ def describe_lengths(table: pl.DataFrame) -> LengthReport:
 
 def count_lengths(lengths: pl.Series) -> LengthCounts:
     """How many rows have each length; nulls are left out."""
-    known = lengths.drop_nulls().cast(pl.Int64)
-    counted = known.alias("value").value_counts(name="n").sort("value")
-    return LengthCounts(counted["value"].to_numpy(), counted["n"].cast(pl.Int64).to_numpy())
+    values, counts = np.unique(lengths.drop_nulls().to_numpy(), return_counts=True)
+    return LengthCounts(values.astype(np.int64), counts)
 
 
 def length_stats(lengths: LengthCounts) -> LengthStats:
@@ -506,13 +505,9 @@ def sarle_coefficient(values: Array, counts: Ints) -> float | None:
 def relate(lengths: pl.DataFrame, bin_tokens: int = BIN_TOKENS) -> Relation:
     """Response against request tokens of rows that have both; other columns are not read."""
     known = lengths.select("request_tokens", "response_tokens").drop_nulls()
-    # One 64-bit key a pair: grouping by it is several times faster than by two columns.
-    pairs = (
-        known.select(key=pl.col("request_tokens").cast(pl.Int64) * 2**32 + pl.col("response_tokens"))["key"]
-        .value_counts(name="n")
-        .sort("key")
-    )
-    key, n = pairs["key"].to_numpy(), pairs["n"].cast(pl.Int64).to_numpy()
+    # One 64-bit key a pair, sorted: several times faster than grouping by two columns.
+    keys = known.select(pl.col("request_tokens").cast(pl.Int64) * 2**32 + pl.col("response_tokens")).to_series()
+    key, n = np.unique(keys.to_numpy(), return_counts=True)
     request, response = key >> 32, key & (2**32 - 1)
     return Relation(
         n=known.height,

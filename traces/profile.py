@@ -1,8 +1,8 @@
 """What a site can publish instead of its trace: a WorkloadProfile, fitted from batches, and its JSON form.
 
 A profile holds numbers about services; a service is the rows of one model class, log type and with or without sessions.
-It holds no name, id or stamp: models are numbered by how often they are asked for. It is no proof of anonymity: of a
-service with few rows, quantiles may be single rows' values.
+It holds no name, id or stamp: models are numbered by how often they are asked for. Without a least count it is no proof
+of anonymity: of a service with few rows, quantiles may be single rows' values.
 
     arrivals    of requests, or where the service has sessions, of their first turns. By slot (the hours of the week in
                 UTC from Monday 0:00, or one slot where the trace is under a week): the rate, and the Gamma shape of
@@ -15,6 +15,13 @@ service with few rows, quantiles may be single rows' values.
     sessions    turns, gaps from one submission to the next, the first request's length, and quantiles of how much a
                 request is longer than the one before it, by that one's length (histories grow, and are cut)
 
+**Least count.** With `least` above 1 every number is of that many requests, or sessions, at least, so that none tells
+of a single one. Stamps are cut to whole seconds and the span to whole minutes. A service of fewer requests, or
+sessions, is left out. Neighbouring hours are pooled until they hold enough, and so are neighbouring numbers of turns.
+A quantile is the mean of the `least` values around its rank, its ends too. Cells of the copula that hold fewer are 0,
+and so is the share of fewer failures; counts of requests are multiples of it. It is no differential privacy: two
+profiles of nearly the same trace may differ by what one request adds to a mean.
+
 Lengths and sessions are fitted on all rows of a service, or where it has more, on a sample of SAMPLED_ROWS; arrivals,
 failures and the mix always on all. `traces.generation` makes a trace of it again.
 """
@@ -24,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -60,7 +67,12 @@ MIN_GAPS: Final = 50
 SAMPLED_ROWS: Final = 1_000_000
 """Rows of a service from which lengths, and turns, are fitted: quantiles of as many have errors below 0.001."""
 MAX_MODELS: Final = 64
-"""Model classes; rarer models are one class together, the last."""
+FITTED_MODELS: Final = 12
+"""Model classes of a fit; rarer models are one class together, the last. A profile may have MAX_MODELS."""
+DIGITS: Final = 7
+"""Significant digits of what was fitted."""
+PRIVATE_COUNT: Final = 20
+"""The least count of `burstgate fit --privacy`."""
 MAX_GRID: Final = 16
 MAX_GROWTH_BINS: Final = 8
 MAX_TURNS: Final = 100_000
@@ -169,6 +181,8 @@ class WorkloadProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     services: tuple[Service, ...]
     has_common_levels: bool = False
     """Whether services' slow swings are the same ones (`traces.swings`)."""
+    least: int = 1
+    """Requests, or sessions, that every number is of, at least."""
 
     @property
     def mean_rps(self) -> float:
@@ -177,8 +191,8 @@ class WorkloadProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def encode_profile(profile: WorkloadProfile) -> bytes:
-    """The profile as JSON with a line feed at its end."""
-    return msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n"
+    """The profile as JSON on one line: indented, its thousands of numbers take twice the room."""
+    return msgspec.json.encode(profile) + b"\n"
 
 
 def decode_profile(data: bytes) -> WorkloadProfile:
@@ -287,19 +301,24 @@ def _rises(values: Sequence[float]) -> bool:
     return all(a < b for a, b in pairwise(values))
 
 
-def fit_profile(batches: Iterable[pl.DataFrame]) -> WorkloadProfile:
+def fit_profile(batches: Iterable[pl.DataFrame], *, least: int = 1) -> WorkloadProfile:
     """The profile of a trace, sorted or not. Deterministic: what is random in it (ties, samples) has a fixed seed.
 
-    batches: with at least the columns FIELDS. Memory: 8 bytes a row for its stamp and 16 a session; of lengths and of
+    least: the least count of the head of this file. batches: with at least the columns FIELDS.
+    Memory: 8 bytes a row for its stamp and 16 a session; of lengths and of
     sessions' turns at most SAMPLED_ROWS of each service are kept, pairs at random and sessions whole.
-    Raises ValueError for a trace without two different stamps.
+    Raises ValueError for a trace without two different stamps, or in which nothing is left; for a `least` under 1.
     """
+    if least < 1:
+        raise ValueError(f"fit: least count: expected 1 or more, got {least}")
     rng = np.random.default_rng(0)
     classes: dict[str | None, int] = {}
     gathered: dict[tuple[int, str, bool], _Gathered] = {}
     first_s, last_s, rows, has_whole_stamps = math.inf, -math.inf, 0, True
     for batch in batches:
         frame = _needed(batch, classes)
+        if least > 1:
+            frame = frame.with_columns(pl.col("received_at").floor())
         if frame.is_empty():
             continue
         stamps_s = frame["received_at"].to_numpy()
@@ -317,17 +336,37 @@ def fit_profile(batches: Iterable[pl.DataFrame]) -> WorkloadProfile:
     services, counts = [], []
     windows = int(span_s // COMMON_HOLD_S)
     for (model, log_type, _), of_service in _ranked(gathered).items():
+        if of_service.count() < least:
+            continue
         counts.append(of_service.counts(first_s, COMMON_HOLD_S, windows))
-        services.append(_fit_service(model, LogType(log_type), of_service, first_s, span_s, has_whole_stamps, rng))
+        services.append(
+            _fit_service(model, LogType(log_type), of_service, first_s, span_s, has_whole_stamps, rng, least)
+        )
+    if not services:
+        raise ValueError(f"fit: expected a service of at least {least} requests and sessions, got none in {rows} rows")
     return WorkloadProfile(
         burstgate_profile=VERSION,
-        requests=rows,
-        span_s=span_s,
+        requests=rows if least == 1 else sum(service.requests for service in services),
+        span_s=span_s if least == 1 else max(60.0, span_s // 60 * 60),
         has_whole_second_stamps=has_whole_stamps,
         levels=LEVELS,
-        services=tuple(sorted(services, key=lambda s: (s.model, s.log_type, s.sessions is not None))),
+        services=tuple(sorted(map(_rounded, services), key=lambda s: (s.model, s.log_type, s.sessions is not None))),
         has_common_levels=windows >= MIN_WINDOWS and have_common_levels(counts),
+        least=least,
     )
+
+
+def _rounded(service: Service) -> Service:
+    """The same to DIGITS digits, which is more than any of it is known to; whole numbers stay."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: short(each) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [short(each) for each in value]
+        return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and value % 1 else value
+
+    return msgspec.convert(short(msgspec.to_builtins(service)), Service)
 
 
 FIELDS: Final = ("received_at", "session_id", "model", "request_tokens", "response_tokens", "log_type", "outcome")
@@ -391,6 +430,13 @@ class _Gathered:
         self._keep_pairs(other._pairs)
         self._keep_turns(other._turns)
 
+    def count(self) -> int:
+        """Requests, or where there are sessions, those."""
+        if self.has_session:
+            self._merge_starts()
+            return self._starts.height
+        return self.requests
+
     def starts_s(self) -> Array:
         """When requests arrived, or where there are sessions, their first turns; in order."""
         if self.has_session:
@@ -445,12 +491,12 @@ _NO_TURNS: Final = pl.DataFrame(schema={"session": pl.UInt64, "received_at": pl.
 
 
 def _ranked(gathered: Mapping[tuple[int, str, bool], _Gathered]) -> dict[tuple[int, str, bool], _Gathered]:
-    """The same by rank of the model: 0 is the one asked for most, and those past MAX_MODELS are the last together."""
+    """The same by rank of the model: 0 is the one asked for most, those past FITTED_MODELS are the last together."""
     sizes = np.zeros(1 + max(model for model, _, _ in gathered), dtype=np.int64)
     for (model, _, _), part in gathered.items():
         sizes[model] += part.requests
     ranks = np.empty(len(sizes), dtype=np.int64)
-    ranks[np.argsort(-sizes, kind="stable")] = np.minimum(np.arange(len(sizes)), MAX_MODELS - 1)
+    ranks[np.argsort(-sizes, kind="stable")] = np.minimum(np.arange(len(sizes)), FITTED_MODELS - 1)
     ranked: dict[tuple[int, str, bool], _Gathered] = {}
     for (model, log_type, has_session), part in gathered.items():
         key = (int(ranks[model]), log_type, has_session)
@@ -478,6 +524,7 @@ def _fit_service(
     span_s: float,
     has_whole_stamps: bool,
     rng: np.random.Generator,
+    least: int,
 ) -> Service:
     def spread(stamps_s: Array) -> Array:
         """In order; rows of one second stay in the file's order, as sessions' turns must not change places."""
@@ -486,23 +533,23 @@ def _fit_service(
     sessions = None
     if rows.has_session:
         turns = rows.turns
-        sessions = _fit_sessions(turns.with_columns(received_at=spread(turns["received_at"].to_numpy())))
-    slots, bursts = _fit_arrivals(spread(rows.starts_s()), first_s, span_s, has_whole_stamps)
+        sessions = _fit_sessions(turns.with_columns(received_at=spread(turns["received_at"].to_numpy())), least)
+    slots, bursts = _fit_arrivals(spread(rows.starts_s()), first_s, span_s, has_whole_stamps, least)
     return Service(
         model=model,
         log_type=log_type,
-        requests=rows.requests,
-        failure_share=rows.failures / rows.requests,
+        requests=rows.requests // least * least,
+        failure_share=rows.failures / rows.requests if rows.failures >= least else 0.0,
         level_variance=0.0,
         slots=slots,
-        lengths=_fit_lengths(*rows.pairs, rng),
+        lengths=_fit_lengths(*rows.pairs, rng, least),
         sessions=sessions,
         bursts=bursts,
     )
 
 
 def _fit_arrivals(
-    stamps_s: Array, first_s: float, span_s: float, has_whole_stamps: bool
+    stamps_s: Array, first_s: float, span_s: float, has_whole_stamps: bool, least: int
 ) -> tuple[tuple[Slot, ...], Bursts | None]:
     """The slots, and what they do not explain."""
     is_weekly = span_s >= WEEK_S
@@ -518,42 +565,62 @@ def _fit_arrivals(
         ([first_s], np.arange(math.floor(first_s / HOUR_S) + 1, math.ceil((first_s + span_s) / HOUR_S)) * HOUR_S)
     )
     exposure_s = np.bincount(slot_of(edges_s), np.diff(edges_s, append=first_s + span_s), slots).astype(np.float64)
-    rates_rps: Array = np.bincount(slot_of(stamps_s), minlength=slots) / np.maximum(exposure_s, 1e-9)
-    fits = _fit_shapes(stamps_s, first_s, slot_of, slots)
+    counts = np.bincount(slot_of(stamps_s), minlength=slots)
+    pools = _pools(counts, least) if least > 1 else np.arange(slots)
+    pooled_s = np.maximum(np.bincount(pools, exposure_s), 1e-9)
+    rates_rps: Array = (np.bincount(pools, counts) / pooled_s)[pools]
+    fits = _fit_shapes(stamps_s, first_s, slot_of, slots, max(MIN_GAPS, least))
     counted = Counted(stamps_s, first_s, span_s, slot_of, rates_rps, exposure_s)
     bursts = fit_bursts(counted, np.array([fit.moments for fit in fits]), has_batches=not has_whole_stamps)
     fitted = zip(rates_rps.tolist(), fits, strict=True)
     return tuple(Slot(rate_rps, fit.moments, fit.mle, fit.gaps) for rate_rps, fit in fitted), bursts
 
 
-def _fit_shapes(stamps_s: Array, first_s: float, slot_of: Callable[[Array], Ints], slots: int) -> list[ShapeFit]:
+def _pools(counts: Ints, least: int) -> Ints:
+    """Which neighbouring counts go together, pools numbered from 0, each of `least` at least or of all there is."""
+    pools = np.empty(len(counts), dtype=np.int64)
+    pool, held = 0, 0
+    for place, count in enumerate(counts.tolist()):
+        if held >= least:
+            pool, held = pool + 1, 0
+        pools[place] = pool
+        held += count
+    return np.minimum(pools, max(pool - 1, 0)) if held < least else pools
+
+
+def _fit_shapes(
+    stamps_s: Array, first_s: float, slot_of: Callable[[Array], Ints], slots: int, min_gaps: int
+) -> list[ShapeFit]:
     """The shape of each slot; of one with few gaps that of all, with 0 gaps."""
     window = ((stamps_s - first_s) // WINDOW_S).astype(np.int64)
     is_inside = window[1:] == window[:-1]
     gaps_s: Array = np.diff(stamps_s)[is_inside]
     window, slot = window[1:][is_inside], slot_of(stamps_s[:-1])[is_inside]
     whole = fit_gamma_shape(gaps_s, window)
-    default = ShapeFit(1.0, 1.0, 0) if whole is None or whole.gaps < MIN_GAPS else whole._replace(gaps=0)
+    default = ShapeFit(1.0, 1.0, 0) if whole is None or whole.gaps < min_gaps else whole._replace(gaps=0)
     fits = []
     order = np.argsort(slot, kind="stable")
     bounds = np.searchsorted(slot[order], np.arange(slots + 1))
     for number in range(slots):
         here = order[bounds[number] : bounds[number + 1]]
-        fit = fit_gamma_shape(gaps_s[here], window[here]) if len(here) >= MIN_GAPS else None
+        fit = fit_gamma_shape(gaps_s[here], window[here]) if len(here) >= min_gaps else None
         fits.append(fit or default)
     return fits
 
 
-def _fit_lengths(request: Array, response: Array, rng: np.random.Generator) -> Lengths | None:
+def _fit_lengths(request: Array, response: Array, rng: np.random.Generator, least: int) -> Lengths | None:
     n = len(request)
-    if n == 0:
+    if n < least:
         return None
-    grid = max(1, min(MAX_GRID, int(math.sqrt(n / 10))))
+    grid = max(1, min(MAX_GRID, int(math.sqrt(n / max(10, 2 * least)))))
     places = [(_ranks(values, rng) * grid // n).astype(np.int64) for values in (request, response)]
     cells = np.bincount(places[0] * grid + places[1], minlength=grid * grid).reshape(grid, grid)
+    cells[cells < least] = 0
+    # A request of a row without a cell of its own goes with any response.
+    cells[cells.sum(axis=1) == 0] = 1
     return Lengths(
-        request=_quantiles(request),
-        response=_quantiles(response),
+        request=_quantiles(request, least),
+        response=_quantiles(response, least),
         copula=tuple(tuple((row / row.sum()).tolist()) for row in cells),
         request_theta=fit_zipf(request),
     )
@@ -566,8 +633,17 @@ def _ranks(values: Array, rng: np.random.Generator) -> Ints:
     return ranks
 
 
-def _quantiles(values: Array) -> tuple[float, ...]:
-    return tuple(np.quantile(values, LEVELS, method="inverted_cdf").tolist())
+def _quantiles(values: Array, least: int, levels: Sequence[float] = LEVELS) -> tuple[float, ...]:
+    """Each the value at its rank, the smallest that its share does not exceed; with more than one for the least count,
+    the mean of so many around it, to whole numbers. values: at least as many."""
+    if least == 1:
+        return tuple(np.quantile(values, levels, method="inverted_cdf").tolist())
+    n = len(values)
+    sums = np.concatenate(([0.0], np.cumsum(np.sort(values))))
+    middle = np.ceil(np.asarray(levels) * n).astype(np.int64) - least // 2
+    first = np.clip(middle, 0, n - least)
+    means: Array = np.maximum.accumulate(np.rint((sums[first + least] - sums[first]) / least))
+    return tuple(means.tolist())
 
 
 def fit_zipf(tokens: Array) -> float:
@@ -585,7 +661,7 @@ def fit_zipf(tokens: Array) -> float:
     return (low + high) / 2
 
 
-def _fit_sessions(rows: pl.DataFrame) -> Sessions:
+def _fit_sessions(rows: pl.DataFrame, least: int) -> Sessions:
     ordered = rows.sort("session", maintain_order=True)
     session = ordered["session"].to_numpy()
     goes_on = session[1:] == session[:-1]
@@ -595,26 +671,38 @@ def _fit_sessions(rows: pl.DataFrame) -> Sessions:
     spans_s = ordered["received_at"].to_numpy()[first + sizes - 1] - ordered["received_at"].to_numpy()[first]
     turns, counts = np.unique(np.minimum(sizes, MAX_TURNS), return_counts=True)
     request = ordered["request_tokens"].cast(pl.Float64).fill_null(math.nan).to_numpy()
+    span_s = _quantiles(spans_s, least, (0.99,))[0] if len(spans_s) >= least else 0.0
     first_request = request[first][np.isfinite(request[first])]
     pairs: Array = np.column_stack((request[:-1], request[1:]))[goes_on]
     pairs = pairs[np.isfinite(pairs).all(axis=1)]
+    if least > 1 and min(len(sizes), len(gaps_s)) < least:
+        turns, counts = np.ones(1, dtype=np.int64), np.ones(1, dtype=np.int64)
+    elif least > 1:
+        pools = _pools(counts, least)
+        sums = np.bincount(pools, counts * turns)
+        counts = np.bincount(pools, counts).astype(np.int64)
+        turns = np.rint(sums / counts).astype(np.int64)
     return Sessions(
         turns=tuple(zip(turns.tolist(), (counts / counts.sum()).tolist(), strict=True)),
-        turn_gap_s=_quantiles(gaps_s) if len(gaps_s) else (0.0,) * len(LEVELS),
-        first_request=_quantiles(first_request) if len(first_request) else (),
-        growth=_fit_growth(pairs),
-        span_p99_s=float(np.quantile(spans_s, 0.99)),
+        turn_gap_s=_quantiles(gaps_s, least) if len(gaps_s) >= least else (0.0,) * len(LEVELS),
+        first_request=_quantiles(first_request, least) if len(first_request) >= least else (),
+        growth=_fit_growth(pairs, least),
+        span_p99_s=float(np.quantile(spans_s, 0.99)) if least == 1 else span_s,
     )
 
 
-def _fit_growth(pairs: Array) -> tuple[Growth, ...]:
+def _fit_growth(pairs: Array, least: int) -> tuple[Growth, ...]:
     """pairs: shape (n, 2), the tokens of a request and of the one after it."""
-    if not len(pairs):
+    if len(pairs) < least:
         return ()
-    bins = max(1, min(MAX_GROWTH_BINS, len(pairs) // 50))
-    edges = np.unique(np.quantile(pairs[:, 0], np.arange(bins) / bins, method="inverted_cdf"))
-    place = np.searchsorted(edges, pairs[:, 0], side="right") - 1
+    bins = max(1, min(MAX_GROWTH_BINS, len(pairs) // max(50, least)))
+    edges: Array = np.unique(np.array(_quantiles(pairs[:, 0], least, (np.arange(bins) / bins).tolist())))
+    # With a least count an edge is a mean, and may lie above the least request.
+    place = np.maximum(np.searchsorted(edges, pairs[:, 0], side="right") - 1, 0)
+    if least > 1:
+        pools = _pools(np.bincount(place, minlength=len(edges)), least)
+        place, edges = pools[place], edges[np.unique(pools, return_index=True)[1]]
     return tuple(
-        Growth(float(edge), _quantiles(pairs[place == number, 1] - pairs[place == number, 0]))
+        Growth(float(edge), _quantiles(pairs[place == number, 1] - pairs[place == number, 0], least))
         for number, edge in enumerate(edges)
     )

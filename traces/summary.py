@@ -22,6 +22,10 @@ from rich.table import Table
 
 from traces.record import Outcome
 
+FIELDS: Final = (
+    "received_at", "session_id", "model", "request_tokens", "response_tokens", "log_type", "outcome",
+)  # fmt: skip
+"""Of a record: what a summary is made from."""
 COMPACT_ROWS: Final = 100_000
 """Rows of partial counts that wait before they are added up."""
 RENDERED_MODELS: Final = 20
@@ -80,7 +84,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def summarize(batches: Iterable[pl.DataFrame]) -> Summary:
-    """The summary of a trace given in batches, sorted or not."""
+    """The summary of a trace given in batches, sorted or not; of their columns it needs FIELDS."""
     stamps_s = array("d")
     rows = _Counts("model", "log_type", "outcome")
     request = _Counts("model", "log_type", "request_tokens")

@@ -264,7 +264,7 @@ def _excess(
 
 def _empty(means: Array, variances: Array) -> Array:
     """P(N = 0) by the negative binomial with these moments, or where they are no wider than Poisson's by that."""
-    relative = (variances - means) / np.maximum(means, 1e-300) ** 2
+    relative = (variances - means) / np.maximum(means, 1e-150) ** 2
     is_wide = relative > 1e-9
     safe = np.where(is_wide, relative, 1.0)
     return np.where(is_wide, (1 + safe * means) ** (-1 / safe), np.exp(-means))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import re
+from typing import Any
 
 import msgspec
 
@@ -230,24 +231,26 @@ class StreamAccount:
         choice = choices[0]
         if has_output:
             self._chunk(now_ns)
-            if choice.delta is not None and isinstance(choice.delta.content, str):
-                self._keep(msgspec.json.encode(choice.delta.content)[1:-1])
+            said = choice.delta.content if choice.delta is not None else choice.text
+            if isinstance(said, str):
+                self._keep(msgspec.json.encode(said)[1:-1])
         usage = usage_of(payload, self._family)
         if len(choices) > 1:
             self._merge(usage)
         elif usage is not None:
             self._by_choice[choice.index] = usage
         elif has_output and choice.finish_reason is None:
-            self._learn_shape(block, choice.delta)
+            self._learn_shape(block, choice.delta, choice.text)
 
-    def _learn_shape(self, block: bytes, delta: Delta | None) -> None:
+    def _learn_shape(self, block: bytes, delta: Delta | None, said: Any = None) -> None:
         """Keep what surrounds the text of a chunk that is not the first of its message and says nothing else."""
         text = _TEXT.search(block)
         if text is None or len(self._shapes) == _MAX_SHAPES or (delta is not None and delta.role is not None):
             return
-        content = delta.content if delta is not None else None
+        content = delta.content if delta is not None else said
         is_answer = self._answer is not None and content is not None
-        if is_answer and (text[1] != b"content" or text[2].decode("utf-8", "replace") != content):
+        key = b"content" if delta is not None else b"text"
+        if is_answer and (text[1] != key or text[2].decode("utf-8", "replace") != content):
             return
         start, end = text.span(2)
         self._shapes.append((block[:start], block[end:], is_answer))
@@ -387,8 +390,9 @@ class UnaryAccount:
             finish = payload.choices[0].finish_reason
             if self._keep_answer:
                 message = payload.choices[0].message
-                if message is not None and isinstance(message.content, str):
-                    answer = message.content.encode()
+                said = message.content if message is not None else payload.choices[0].text
+                if isinstance(said, str):
+                    answer = said.encode()
         elif self._family is Family.RESPONSES:
             finish = payload.status
         return Accounted(

@@ -28,6 +28,7 @@ PACKAGES = {
     "litellm": ("litellm[proxy]==1.106.0",),
     "clients": ("httpx==0.28.1", "aiohttp==3.14.5", "pyreqwest==0.15.1", "uvloop==0.23.0", "httptools==0.9.0"),
     "plot": ("matplotlib==3.11.2",),
+    "pandas": ("pandas==2.3.3", "pyarrow==22.0.0", "scipy==1.16.3"),
     "aiperf": ("aiperf==0.13.0",),
     "guidellm": ("torch==2.13.0", "guidellm==0.8.1"),
     "evalscope": ("torch==2.13.0", "evalscope[perf]==1.14.1"),

@@ -247,8 +247,9 @@ def _post(url: str, body: bytes) -> tuple[bytes, list[bytes]]:
         while True:
             data = sock.recv(65536)
             pieces.append(data)
-            if not data or data.endswith(b"\r\n0\r\n\r\n") or _is_whole_plain(b"".join(pieces)):
-                return b"".join(pieces), pieces
+            answer = b"".join(pieces)  # the last chunk may come alone
+            if not data or answer.endswith(b"\r\n0\r\n\r\n") or _is_whole_plain(answer):
+                return answer, pieces
 
 
 def _is_whole_plain(answer: bytes) -> bool:

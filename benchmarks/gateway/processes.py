@@ -135,6 +135,11 @@ class Running:
                 argv, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env={**os.environ, **env}, cwd=folder
             )
 
+    @property
+    def pid(self) -> int:
+        """Of the root."""
+        return self._process.pid
+
     def status(self) -> int | None:
         """What it ended with; None while it runs."""
         return self._process.poll()

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import zoneinfo
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
@@ -57,6 +57,8 @@ DayZero = Annotated[
     datetime.datetime | None, typer.Option("--day-zero", formats=["%Y-%m-%d"], help="Timestamp 0's day.")
 ]
 Format = Annotated[str | None, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")]
+FILE_BATCH_ROWS = 262_144
+"""Rows of a file that statistics take at a time: of half a dozen columns, some 25 MB."""
 ArchiveUrl = Annotated[str | None, typer.Option("--archive", help="Folder or URL of an archive whose rows come along.")]
 TraceOrDatabase = Annotated[Path | None, typer.Argument(help="A trace file; without it, the database.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write everything as JSON; - is standard output.")]
@@ -267,12 +269,12 @@ def matching_rows(
         if archive is not None:
             raise ConfigError("--archive: expected with the database, not with a trace file")
         clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone or "UTC")
-        batches = read_trace(trace, format=format, clock=clock, fields=(*READS, "run_id"))
+        batches = read_trace(trace, format=format, clock=clock, fields=(*READS, "run_id"), batch_rows=FILE_BATCH_ROWS)
         asked = dataclasses.replace(selection, without_origins=())  # who names a file asks for what is in it
         yield (matching(batch, asked) for batch in batches)
         return
     with open_database(*database) as engine:
-        yield rows_of(engine, selection, archive)
+        yield rows_of(engine, selection, archive, READS)
 
 
 def open_archive(url: str | None) -> Any:
@@ -284,15 +286,16 @@ def open_archive(url: str | None) -> Any:
     return Archive(url)
 
 
-def rows_of(engine: sa.Engine, selection: Any, archive: str | None) -> Iterator[Any]:
-    """The database's batches that match, with those of an archive where one is named."""
+def rows_of(engine: sa.Engine, selection: Any, archive: str | None, fields: Collection[str]) -> Iterator[Any]:
+    """The database's batches that match, with those of an archive where one is named; with these columns."""
     if archive is None:
         from storage.query import read_batches
 
-        return read_batches(engine, selection)
+        return read_batches(engine, selection, fields=fields)
     from storage.archive import read_with_archive
 
-    return read_with_archive(engine, open_archive(archive), selection)
+    batches = read_with_archive(engine, open_archive(archive), selection)
+    return (batch.select(name for name in batch.columns if name in fields) for batch in batches)
 
 
 @contextlib.contextmanager

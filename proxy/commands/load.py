@@ -23,14 +23,20 @@ from proxy.commands.common import (
     DatabaseUrl,
     DataDir,
     Format,
+    From,
     Json,
+    Origins,
+    Timezone,
+    To,
     app,
     check_format,
+    check_timezone,
     fail,
     one_of,
     open_database,
     parse_model_map,
     read_profile_file,
+    selection_of,
     stamp_s,
     whole_file,
 )
@@ -41,6 +47,7 @@ if TYPE_CHECKING:
 
     from replay.metrics import Summary
     from replay.runner import ReplayOptions
+    from storage.query import Filter
 
 MAX_LAG_S = 0.010
 """As in `replay.verdict`, which takes longer to import than --help may."""
@@ -66,6 +73,13 @@ def replay(
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Ask for the trace's own models.")] = False,
     speed: Annotated[float, typer.Option(help="Divides the trace's time.")] = 1.0,
     limit: Annotated[int | None, typer.Option(help="At most this many rows.")] = None,
+    from_database: Annotated[
+        bool, typer.Option("--from-database", help="Send what the database holds, instead of a trace file.")
+    ] = False,
+    since: From = None,
+    until: To = None,
+    origin: Origins = None,
+    timezone: Timezone = None,
     start: Annotated[float, typer.Option(help="Skip this many seconds of trace time.")] = 0.0,
     duration: Annotated[float | None, typer.Option(help="Seconds of trace time to take.")] = None,
     only_model: Annotated[list[str] | None, typer.Option(help="Only rows of this model; repeatable.")] = None,
@@ -211,11 +225,17 @@ def replay(
             extra_body={} if extra_body is None else parse_fields(extra_body),
             extra_headers=tuple(parse_header(each) for each in header or ()),
         )  # fmt: skip
+        if from_database and (trace is not None or (profile is not None and process != "modeled")):
+            raise ConfigError("--from-database: expected without a trace or a profile, whose place it takes")
+        if not from_database and (since, until, origin, timezone) != (None, None, None, None):
+            raise ConfigError("--from, --to, --origin, --timezone: expected with --from-database")
         if (model is None) == (not source.model_map and not keep_models):
             raise ConfigError("--model: expected one model for all rows, or --model-map or --keep-models, and not both")
         fitted = None if profile is None else read_profile_file(profile)
         scale = ScaleOptions(capacity, load, kv_budget, ttft, tpot)
         if scale.is_asked:
+            if from_database:
+                raise ConfigError("--load, --kv-budget: expected with a trace file, which `burstgate export` writes")
             if (target_rps, rate_scale, rate) != (None, None, None):
                 raise ConfigError("--load: expected without --rate, --rate-scale and --target-rps, which it stands for")
             found = asked_rate_rps(
@@ -241,6 +261,13 @@ def replay(
         raise ConfigError(str(error)) from None
     with contextlib.ExitStack() as undo:
         engine = None
+        if from_database:
+            check_timezone(timezone)
+            selection = selection_of(
+                only_model, only_session, only_outcome, origin or ["client"], only_log_type, None,
+                stamp_s(since, timezone, "--from"), stamp_s(until, timezone, "--to"),
+            )  # fmt: skip
+            trace = _recorded(selection, (config, data_dir, database_url), undo)
         if store:
             engine = undo.enter_context(open_database(config, data_dir, database_url, revision="head"))
             options = _options_to_store(options, engine, undo)
@@ -248,6 +275,22 @@ def replay(
         if engine is not None:
             _store_run(engine, options, summary, store_requests)
     _exit_by_verdict(summary, quiet=quiet)
+
+
+def _recorded(
+    selection: Filter, database: tuple[Path | None, Path | None, str | None], undo: contextlib.ExitStack
+) -> Path:
+    """What the database holds of a selection, as a file that all senders read as often as they need to.
+
+    One snapshot, every field: sessions and prefix blocks as they were recorded. Raises ConfigError where nothing is.
+    """
+    from storage.export import export
+
+    path = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="burstgate-replay-"))) / "recorded.parquet"
+    with open_database(*database) as engine:
+        if not export(engine, path, selection, format="parquet").rows_written:
+            raise ConfigError("--from-database: no recorded request matches")
+    return path
 
 
 def _exit_by_verdict(summary: Summary, *, quiet: bool) -> None:

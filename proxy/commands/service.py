@@ -92,6 +92,18 @@ def serve(
 
     is_json = False
 
+    def check_security(settings: Settings) -> None:
+        """What a start would fail on, in one line. Raises ConfigError."""
+        from proxy.admin_auth import check_reachable
+        from proxy.tls import server_tls
+        from proxy.upstream import read_api_key
+
+        server_tls("tls.cert_file", settings.tls.cert_file, settings.tls.key_file)
+        server_tls("tls.control_cert_file", settings.tls.control_cert_file, settings.tls.control_key_file)
+        for each in settings.upstreams:
+            read_api_key(each)
+        check_reachable(settings)
+
     handover = None if check else take_handover()
     if handover is None and not check:
         begin(load_config(config, **flags).settings.data_dir)
@@ -105,6 +117,7 @@ def serve(
     if handover is None:  # else the trial run has done it: from here on, nothing may fail
         prepare_data_dir(settings)
         open_engine(settings.database).dispose()
+        check_security(settings)
     if check:
         for module in ("proxy.app", "proxy.record", "proxy.control"):
             importlib.import_module(module)

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from proxy.commands.common import (
+    FILE_BATCH_ROWS,
     ArchiveUrl,
     Config,
     DatabaseUrl,
@@ -227,7 +228,7 @@ def stats(
     """Requests, rates, tokens and failures of a trace file or of the database."""
     from storage.query import matching
     from traces.codec import read_trace
-    from traces.summary import render, summarize
+    from traces.summary import FIELDS, render, summarize
 
     check_format(format)
     check_timezone(timezone)
@@ -238,10 +239,12 @@ def stats(
     if trace is not None:
         if archive is not None:
             raise ConfigError("--archive: expected with the database, not with a trace file")
-        summary = summarize(matching(batch, selection) for batch in read_trace(trace, format=format))
+        fields = (*FIELDS, "origin", "run_id")
+        batches = read_trace(trace, format=format, fields=fields, batch_rows=FILE_BATCH_ROWS)
+        summary = summarize(matching(batch, selection) for batch in batches)
     else:
         with open_database(config, data_dir, database_url) as engine:
-            summary = summarize(rows_of(engine, selection, archive))
+            summary = summarize(rows_of(engine, selection, archive, FIELDS))
     if json:
         print(msgspec.json.encode(summary).decode())
     else:
@@ -255,15 +258,26 @@ def fit(
     format: Format = None,
     timezone: Annotated[str, typer.Option(help="IANA name.")] = "UTC",
     day_zero: DayZero = None,
+    privacy: Annotated[
+        bool, typer.Option("--privacy", help="No number of fewer requests or sessions than --min-count.")
+    ] = False,
+    min_count: Annotated[int | None, typer.Option(help="With --privacy.  [default: 20]")] = None,
 ) -> None:
     """Make a workload profile of a trace: rates, burstiness, lengths and sessions, with no name and no id in it."""
     from traces.codec import read_trace
-    from traces.profile import FIELDS, encode_profile, fit_profile
+    from traces.profile import FIELDS, PRIVATE_COUNT, encode_profile, fit_profile
 
     check_format(format)
     check_timezone(timezone)
+    if min_count is not None and not privacy:
+        raise ConfigError("--min-count: it needs --privacy")
+    if min_count is not None and min_count < 2:
+        raise ConfigError(f"--min-count: expected 2 or more, got {min_count}")
     clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone)
-    profile = fit_profile(read_trace(trace, format=format, clock=clock, fields=FIELDS))
+    profile = fit_profile(
+        read_trace(trace, format=format, clock=clock, fields=FIELDS, batch_rows=FILE_BATCH_ROWS),
+        least=(min_count or PRIVATE_COUNT) if privacy else 1,
+    )
     with whole_file(output) as stream:
         stream.write(encode_profile(profile))
     print(

@@ -241,8 +241,8 @@ class Installation:
         assert self._process is None or not self._process.is_running
         self._process = Process(self._command, self._env)
         try:
-            self.gateway_url = self._process.wait_for(r"^gateway +(http://\S+) ->", READY_TIMEOUT_S)[1]
-            self.control_url = self._process.wait_for(r"^control +(http://\S+) ", READY_TIMEOUT_S)[1]
+            self.gateway_url = self._process.wait_for(r"^gateway +(https?://\S+) ->", READY_TIMEOUT_S)[1]
+            self.control_url = self._process.wait_for(r"^control +(https?://\S+) ", READY_TIMEOUT_S)[1]
         except BaseException:
             self._process.kill_tree()
             raise

@@ -205,7 +205,8 @@ Script = Callable[[Talk], Awaitable[None]]
 class Upstream:
     """Serves each request by the next script; the last one serves all that follow."""
 
-    def __init__(self, *scripts: Script, reads_body: bool = True) -> None:
+    def __init__(self, *scripts: Script, reads_body: bool = True, port: int = 0) -> None:
+        self._port = port
         self.requests: list[Received] = []
         self.connections = 0
         self.url = ""
@@ -214,7 +215,7 @@ class Upstream:
         self._problems: list[BaseException] = []
 
     async def __aenter__(self) -> Upstream:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         self._tasks: set[asyncio.Task[None] | None] = set()
         return self

@@ -67,7 +67,7 @@ def test_only_the_parent_changes_on_the_way(
     trace = Tracer(0.0, metrics).start(head(*headers))
     assert (trace is not None) == bool(flags & 1)
     if trace is not None:
-        sent = trace.sends(head(*headers), "u", URL, 1)
+        sent = trace.sends(head(*headers), head(*headers).lines, "u", URL, 1)
         attempt = trace.attempts[-1]
         ours = f"traceparent: 00-{trace_id:032x}-{attempt.span_id:016x}-{flags:02x}\r\n".encode()
         assert sent == head(*headers).lines.replace(name + b": " + value + b"\r\n", ours)
@@ -90,7 +90,7 @@ def test_a_full_queue_drops_and_counts(tmp_path: Path) -> None:
     def finish() -> None:
         trace = tracer.start(head())
         assert trace is not None
-        trace.sends(head(), "u", URL, 1)
+        trace.sends(head(), head().lines, "u", URL, 1)
         trace.ended(TraceRecord("01a1fde2-4089-79ca-a20c-000000000000", 1.7e9, elapsed_s=1.0), b"GET", "chat", 1)
 
     def dropped() -> int:

@@ -10,11 +10,13 @@ import sqlalchemy as sa
 from storage.engine import open_engine, upgrade
 from storage.errors import DatabaseUnavailable
 from storage.importing import import_trace
-from storage.query import Dataset, Filter, count, read_batches, read_datasets
+from storage.query import Dataset, Filter, count, read_batches, read_datasets, read_pairs, read_shadow_targets
 from storage.sink import open_sink
 from traces.batch import SCHEMA, batch_from_records
 from traces.codec import UNIX_CLOCK
 from traces.record import OWN_ORIGINS, LogType, Origin, Outcome, TraceRecord
+from traces.shadow import PAIRS
+from traces.table import READS
 
 T0_S = 1_700_000_000.5
 RECORDS = [
@@ -72,6 +74,18 @@ def test_batches_are_whole_however_they_are_cut(filled: sa.Engine, batch_rows: i
     assert all(batch.schema == pl.Schema(SCHEMA) for batch in batches)
     expected = batch_from_records(sorted(RECORDS, key=lambda record: record.request_id))
     assert pl.concat(batches).equals(expected)
+
+
+@pytest.mark.parametrize("fields", [READS, ("stream", "prefix_blocks"), ("request_id",), ("outcome", "received_at")])
+def test_fields_are_those_columns_of_the_same_rows(filled: sa.Engine, fields: tuple[str, ...]) -> None:
+    whole = pl.concat(read_batches(filled, Filter()))
+    names = [name for name in SCHEMA if name in fields]
+    assert pl.concat(read_batches(filled, Filter(), fields=fields)).equals(whole.select(names))
+
+
+def test_fields_that_are_none_are_refused(filled: sa.Engine) -> None:
+    with pytest.raises(ValueError, match="fields: expected fields of a record, got tokens"):
+        read_batches(filled, Filter(), fields=("tokens",))
 
 
 def test_a_reader_that_stops_early_gives_its_connection_back(filled: sa.Engine) -> None:
@@ -151,3 +165,39 @@ def test_reading_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     assert count(engine, Filter()) == 5
     engine.dispose()
     assert path.read_bytes() == before
+
+
+def test_shadows_stand_beside_their_primaries(engine: sa.Engine) -> None:
+    def shadow(name: str, at_s: float, of: str, upstream: str = "next") -> TraceRecord:
+        return TraceRecord(
+            name, T0_S + at_s, origin=Origin.SHADOW, shadow_of=of, upstream=upstream, agreement=0.5, ttft_s=0.25,
+            outcome=Outcome.TRUNCATED,
+        )  # fmt: skip
+
+    records = [
+        TraceRecord("p1", T0_S, status=200, response_tokens=3, finish_reason="stop", elapsed_s=1.5),
+        TraceRecord("p2", T0_S + 10, request_tokens=2**40),
+        shadow("s1", 0.01, "p1"),
+        shadow("s2", 5, "p1"),  # a copy
+        shadow("s3", 11, "p2"),
+        shadow("s4", 12, "gone"),
+        shadow("s5", 13, "p2", upstream="other"),
+    ]
+    open_sink(engine).commit(records)
+    pairs = pl.concat(list(read_pairs(engine, "next", batch_rows=2)))
+    assert dict(pairs.schema) == PAIRS
+    assert sorted(pairs["a_elapsed_s"].to_list(), key=str) == [1.5, 1.5, None, None]
+    assert pairs.filter(pl.col("a_outcome").is_null()).height == 1
+    assert sorted(pairs["a_request_tokens"].drop_nulls().to_list()) == [2**40]
+    assert set(pairs["b_outcome"]) == {"truncated"}
+    assert set(pairs["agreement"]) == {0.5}
+
+    def found(start_s: float | None = None, end_s: float | None = None) -> int:
+        return sum(batch.height for batch in read_pairs(engine, "next", start_s=start_s, end_s=end_s))
+
+    assert found(start_s=T0_S + 5) == 3
+    assert found(end_s=T0_S + 11) == 2  # the end is not included
+    assert found(start_s=T0_S + 20) == 0
+    later = pl.concat(list(read_pairs(engine, "next", start_s=T0_S + 5, end_s=T0_S + 6)))
+    assert later["a_status"].to_list() == [200]  # its primary came before the start
+    assert read_shadow_targets(engine) == ["next", "other"]

@@ -131,7 +131,7 @@ def test_rows_that_are_left_out_are_told() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.lists(RECORDS, max_size=30))
 def test_any_records_give_an_answer_without_nan(records: list[TraceRecord]) -> None:
-    found = analyzed(records)
+    found = analyzed(records, Options(all_origins=True))
     assert is_finite(found.analysis)
     assert found.analysis.source.requests == len(records)
     printed(found.analysis)
@@ -179,9 +179,28 @@ def test_failures_alone_are_those_of_the_analysis() -> None:
     assert (source, failures) == (analysis.source, analysis.failures)
 
 
-def test_several_origins_are_told() -> None:
-    records = [record(1.0, origin=Origin.SHADOW), record(2.0, origin=Origin.CLIENT), record(3.0, origin=Origin.CLIENT)]
-    assert any("(client 2, shadow 1)" in text for text in analyzed(records).analysis.warnings)
+def test_others_than_clients_are_left_out_and_told() -> None:
+    clients = trace(60, 1)
+    replayed = [msgspec.structs.replace(each, origin=Origin.REPLAY, outcome=Outcome.REJECTED) for each in trace(30, 2)]
+    found = analyzed(clients + replayed).analysis
+    alone = analyzed(clients).analysis
+    assert found.source.requests == 60
+    assert msgspec.structs.replace(found, source=alone.source, warnings=alone.warnings) == alone
+    assert any(text.endswith("left out: replay 30 (--origin takes them)") for text in found.warnings)
+    both = analyzed(clients + replayed, Options(all_origins=True)).analysis
+    assert both.source.requests == 90
+    assert any("several origins together (client 60, replay 30)" in text for text in both.warnings)
+    source, failures = analyze_failures([batch_from_records(clients + replayed)])
+    assert failures.total.requests == 60
+    console = Console(file=io.StringIO(), width=150, highlight=False)
+    render_failures(source, failures, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "left out: replay 30" in console.file.getvalue()
+
+
+def test_without_clients_all_origins_are_together() -> None:
+    records = [record(1.0, origin=Origin.SHADOW), record(2.0, origin=Origin.IMPORTED)]
+    assert analyzed(records).analysis.source.requests == 2
 
 
 def test_names_are_shown_as_text() -> None:

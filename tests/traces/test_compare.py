@@ -98,6 +98,20 @@ def test_intervals_cover_the_truth(seed: int) -> None:
         assert difference.low <= truth <= difference.high, name
 
 
+def test_failures_of_another_kind_are_different_though_as_many(source: pl.DataFrame) -> None:
+    dtype = source.schema["outcome"]
+    swapped = source.with_columns(pl.col("outcome").cast(pl.String).replace("truncated", "rejected").cast(dtype))
+    axis = axes(compare(source, swapped))["failures"]
+    assert {each.name: each.verdict for each in axis.differences} == {
+        "failure_rate": SAME, "truncated": DIFFERENT, "rejected": DIFFERENT
+    }  # fmt: skip
+    share = source["outcome"].value_counts(normalize=True).filter(pl.col("outcome") == "truncated")["proportion"][0]
+    for name, a, b in (("truncated", share, 0.0), ("rejected", 0.0, share)):
+        difference = next(each for each in axis.differences if each.name == name)
+        assert [difference.a, difference.b] == pytest.approx([a, b])
+    assert axis.verdict is DIFFERENT
+
+
 def test_failures_in_clusters_are_less_sure_than_alone(source: pl.DataFrame) -> None:
     minute = ((source["received_at"] - source["received_at"][0]) // 60).cast(pl.Int64)
     outage = source.with_columns(

@@ -18,6 +18,7 @@ from traces.batch import complete_batch, empty_batch
 from traces.codec import read_trace
 from traces.generation import fixed_lengths, generate, plain_profile
 from traces.profile import (
+    FITTED_MODELS,
     LEVELS,
     Service,
     WorkloadProfile,
@@ -119,6 +120,93 @@ def test_a_profile_holds_no_names_ids_or_stamps() -> None:
     for name in ("secret", "other", "alice", "bob", "acme", "xyz", "1700000"):
         assert name not in text
     assert [service.model for service in decode_profile(text.encode()).services] == [0, 1]
+
+
+def busy(seed: int, n: int, **columns: Any) -> pl.DataFrame:
+    """Two weeks of chats and calls of two models, a few of a third, with odd rows at every end."""
+    rng = np.random.default_rng(seed)
+    hour = rng.choice(14 * 24, n, p=(weights := (np.arange(14 * 24) % 24 > 8) + 0.01) / weights.sum())
+    is_chat = rng.random(n) < 0.5
+    defaults = {
+        "model": np.where(np.arange(n) < 5, "rare", np.where(rng.random(n) < 0.7, "a", "b")).tolist(),
+        "log_type": np.where(is_chat, "Conversation log", "API log").tolist(),
+        "session_id": [f"s{i // 4}" if chat else None for i, chat in enumerate(is_chat.tolist())],
+        "request_tokens": np.rint(rng.lognormal(5, 1.5, n)).astype(np.int64),
+        "response_tokens": np.rint(rng.lognormal(4, 1, n)).astype(np.int64),
+        "outcome": np.where(rng.random(n) < 0.01, "truncated", "ok").tolist(),
+    }
+    return trace(np.sort(hour * HOUR_S + rng.random(n) * HOUR_S), **{**defaults, **columns})
+
+
+@pytest.mark.parametrize("least", [2, 20, 50])
+@pytest.mark.parametrize("n", [600, 6000])
+def test_with_a_least_count_no_smaller_cell_survives(n: int, least: int) -> None:
+    rows = busy(least, n)
+    profile = decode_profile(encode_profile(fit_profile([rows], least=least)))
+    assert profile.has_whole_second_stamps
+    assert profile.span_s % 60 == 0
+    assert profile.least == least
+    good = rows.filter(pl.col("outcome") == "ok")
+    for service in profile.services:
+        name = ("a", "b", "rare")[service.model]
+        mine = pl.col("model").eq(name) & pl.col("log_type").eq(service.log_type)
+        here = rows.filter(mine)
+        failures = here.filter(pl.col("outcome") != "ok").height
+        assert service.requests % least == 0
+        assert service.failure_share == pytest.approx(failures / here.height if failures >= least else 0, rel=1e-5)
+        starts = here.group_by("session_id").agg(pl.col("received_at").min()) if service.sessions else here
+        # Slots of one rate stand together: what they hold is what the rate is of.
+        hours = np.bincount((starts["received_at"] // HOUR_S % 168).cast(pl.Int64).to_numpy(), minlength=168)
+        held = dict.fromkeys({slot.rate_rps for slot in service.slots}, 0)
+        for place, slot in enumerate(service.slots):
+            held[slot.rate_rps] += int(
+                hours[(place + 4 * 24) % 168]
+            )  # slots count from a Monday, the epoch is Thursday
+        assert min(held.values()) >= least
+        assert all(slot.gaps == 0 or slot.gaps >= least for slot in service.slots)
+        lengths = service.lengths
+        assert lengths is not None
+        n_good, grid = good.filter(mine).height, len(lengths.copula)
+        for row in lengths.copula:
+            assert all(share == 0 or share * n_good / grid >= least - 1 for share in row) or len(set(row)) == 1
+        if service.sessions is not None:
+            sizes = here["session_id"].value_counts()["count"]
+            assert all(share * len(sizes) >= least * 0.999 for _, share in service.sessions.turns)
+
+
+def test_with_a_least_count_no_single_request_shows() -> None:
+    plain = busy(1, 3000)
+    odd = plain.with_columns(
+        request_tokens=pl.when(pl.int_range(pl.len()) == 1500).then(987_654).otherwise("request_tokens"),
+        session_id=pl.when(pl.int_range(pl.len()) == 1500).then(pl.lit("loner")).otherwise("session_id"),
+    )
+    assert any(987_654.0 in service.lengths.request for service in fit_profile([odd]).services if service.lengths)
+    for service in fit_profile([odd], least=20).services:
+        assert service.lengths is not None
+        assert service.lengths.request[-1] < 987_654 / 10
+    assert {service.model for service in fit_profile([plain], least=20).services} == {0, 1}, "rare is left out"
+    assert {service.model for service in fit_profile([plain]).services} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 15])
+def test_with_a_least_count_too_little_is_nothing(n: int) -> None:
+    with pytest.raises(ValueError, match="fit: expected"):
+        fit_profile([busy(0, n)], least=20)
+
+
+def test_with_a_least_count_a_profile_is_still_its_trace() -> None:
+    profile = fit_profile([busy(3, 20_000)], least=20)
+    again = pl.concat(list(generate(profile, seed=1, duration_s=profile.span_s)))
+    assert again.height == pytest.approx(20_000, rel=0.1)
+    source = busy(3, 20_000)
+    for name in ("request_tokens", "response_tokens"):
+        assert again[name].median() == pytest.approx(source[name].median(), rel=0.1)
+
+
+def test_a_profile_is_small_whatever_the_trace() -> None:
+    models = [f"model-{number % 40}" for number in range(30_000)]
+    assert len(encode_profile(fit_profile([busy(0, 30_000, model=models)]))) < 600_000
+    assert len(encode_profile(fit_profile([busy(0, 30_000)]))) < 200_000
 
 
 def test_services_and_failures() -> None:
@@ -229,7 +317,7 @@ def test_a_trace_of_two_rows_in_a_year() -> None:
 
 def test_more_models_than_classes_share_the_last() -> None:
     profile = fit_profile([trace(np.arange(200.0), model=[f"m{n % 100}" for n in range(200)])])
-    assert {service.model for service in profile.services} == set(range(64))
+    assert {service.model for service in profile.services} == set(range(FITTED_MODELS))
     assert sum(service.requests for service in profile.services) == 200
 
 

@@ -871,7 +871,7 @@ UNARY: list[tuple[str, Family, Any, Accounted]] = [
             "choices": [{"index": 0, "text": "a", "finish_reason": "stop"}],
             "usage": usage(2, 3),
         },
-        Accounted(usage=Usage(2, 3), finish_reason="stop", **KNOWN_TEXT),
+        Accounted(usage=Usage(2, 3), finish_reason="stop", answer=b"a", **KNOWN_TEXT),
     ),
     (
         "responses",
@@ -1011,3 +1011,19 @@ TOKENS = [
 @pytest.mark.parametrize(("accounted", "tokens"), TOKENS)
 def test_the_response_tokens(accounted: Accounted, tokens: int | None) -> None:
     assert accounted.response_tokens == tokens
+
+
+@pytest.mark.parametrize("cut", [1, 7, 10_000])
+def test_the_text_of_a_completion_is_kept_as_a_chats_is(cut: int) -> None:
+    def said(text: str) -> bytes:
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": None}
+        return b"data: " + json.dumps({"id": "cmpl-1", "model": "tiny", "choices": [choice]}).encode() + b"\n\n"
+
+    texts = ["one", " two", ' "three"', "\n\u00e9", "", " end"]
+    data = b"".join(map(said, texts)) + DONE
+    account = StreamAccount(Family.COMPLETIONS, keep_answer=True)
+    for start in range(0, len(data), cut):
+        account.feed(start, data[start : start + cut])
+    account.eof(len(data))
+    assert account.result().answer == "".join(texts).encode()
+    assert account.result().content_chunks == len(texts)
