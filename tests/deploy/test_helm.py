@@ -116,18 +116,7 @@ def test_what_is_rendered() -> None:
     more = ["HorizontalPodAutoscaler", "Job", "ServiceMonitor"]
     assert kinds == {
         "default": sorted([*base, "StatefulSet", "PodDisruptionBudget", "NetworkPolicy", "Job"]),
-        "everything": sorted(
-            [
-                *base,
-                "StatefulSet",
-                "PodDisruptionBudget",
-                "NetworkPolicy",
-                "HorizontalPodAutoscaler",
-                "Job",
-                "Job",
-                *extra,
-            ]
-        ),
+        "everything": sorted([*base, "StatefulSet", "PodDisruptionBudget", "NetworkPolicy", "Job", *more]),
         "without volumes": sorted(
             [*base, "Deployment", "PodDisruptionBudget", "NetworkPolicy", "Job", "HorizontalPodAutoscaler"]
         ),
