@@ -122,7 +122,7 @@ def test_the_metrics_page_lists_every_metric() -> None:
 
 def _commands(page: Path) -> Iterator[list[str]]:
     """The `burstgate ...` commands in a page's shell blocks."""
-    for block in re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    for block in re.findall(r"^```(?:sh|bash|console)(?: run)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             text = line.removeprefix("$ ").strip()
             if text.startswith(("burstgate ", ".venv/bin/burstgate ")):
