@@ -147,7 +147,7 @@ class Chart:
             return ""
         for head, inner in node.branches:
             word, _, condition = head.removeprefix("else").strip().partition(" ")
-            value = self._evaluate(condition, dot, root) if word else True
+            value: Any = self._evaluate(condition, dot, root) if word else True
             if _is_empty(value):
                 continue
             if not word or node.kind == "if":

@@ -83,7 +83,8 @@ def test_health_check_asks_the_control_plane(tmp_path: Path) -> None:
 def run(command: list[str], **more: Any) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, **more)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    output: str = done.stdout
+    return output
 
 
 @pytest.mark.slow
