@@ -124,7 +124,7 @@ def _commands(page: Path) -> Iterator[list[str]]:
     """The `burstgate ...` commands in a page's shell blocks."""
     for block in re.findall(r"^```(?:sh|bash|console)(?: run)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            text = line.removeprefix("$ ").strip()
+            text = re.split(r"\s*[|;&>]", line.removeprefix("$ ").strip())[0]  # up to what the shell does with it
             if text.startswith(("burstgate ", ".venv/bin/burstgate ")):
                 yield shlex.split(text, comments=True)[1:]
 
