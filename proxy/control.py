@@ -33,16 +33,19 @@ from proxy.audit import append_audit, read_audit
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.config_error import ConfigError
 from proxy.control_config import Steering, config_router
-from proxy.control_injection import injection_router
+from proxy.control_injection import Injections, injection_router
 from proxy.control_keys import keys_router
 from proxy.control_traces import Reader, traces_router
 from proxy.doctor import Check, balance_of, diagnose
+from proxy.health import State
 from proxy.keeper import KeyKeeper
 from proxy.logs import configure_logging
 from proxy.retention import RetentionState, read_state
+from proxy.series import MAX_UPSTREAMS
 from proxy.settings import Settings, show_value
 from proxy.telemetry import CountersReader, ShapingMetrics, Totals, all_worker_metrics, counting_since_ns, sum_counters
 from proxy.tls import server_tls
+from proxy.view import read_views
 from storage.doctor import Balance, live_writers
 from storage.errors import DatabaseUnavailable, DatabaseUrlError
 from storage.journal import DROP_REASONS, directory_bytes
@@ -88,9 +91,10 @@ async def _watch_certificate(app: FastAPI) -> None:
 class _Metrics(Collector):
     """All workers and the identity in one scrape."""
 
-    def __init__(self, settings: Settings, balances: _Balances) -> None:
+    def __init__(self, settings: Settings, balances: _Balances, injections: Injections) -> None:
         self._settings = settings
         self._balances = balances
+        self._injections = injections
         self._reader = CountersReader(settings.journal_dir)
         self._shaping = ShapingMetrics(settings.journal_dir)
         self._exporting: Any = None
@@ -134,9 +138,30 @@ class _Metrics(Collector):
         yield GaugeMetricFamily(
             "burstgate_database_up", "The database answered when last asked.", float(self._balances.is_database_up)
         )
+        ended = CounterMetricFamily("burstgate_injections", "Injections ended, by how.", labels=["state"])
+        for state, count in self._injections.ended().items():
+            ended.add_metric([state], count)
+        yield ended
         yield from retention_metrics(read_state(self._settings.data_dir))
+        well: dict[str, float] = {}
+        for view in read_views(self._settings.data_dir):
+            for upstream in view.upstreams:
+                well[upstream.name] = max(
+                    well.get(upstream.name, 0.0), float(upstream.state not in (State.DOWN, State.EJECTED))
+                )
+        ups = GaugeMetricFamily(
+            "burstgate_upstream_up", "Neither down nor ejected, by at least one worker.", labels=["upstream"]
+        )
+        for name in sorted(well)[:MAX_UPSTREAMS]:
+            ups.add_metric([name], well[name])
+        yield ups
         balance = self._balances.latest
         if balance is not None:
+            yield GaugeMetricFamily(
+                "burstgate_records_missing",
+                "Accepted less in the database, in the journal and dropped: 0, or requests are lost (or there twice).",
+                balance.missing,
+            )
             yield CounterMetricFamily(
                 "burstgate_records_in_database",
                 "Records committed to the database.",
@@ -222,7 +247,8 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None, 
     """
     balances = _Balances(settings)
     registry = CollectorRegistry()
-    source = _Metrics(settings, balances)
+    injections = Injections(lambda: app.state.settings, gateway_url)
+    source = _Metrics(settings, balances, injections)
     registry.register(source)
     started_s = time.monotonic()
     version = importlib.metadata.version("burstgate")
@@ -264,7 +290,7 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None, 
     app.include_router(traces_router(reader))
     app.include_router(config_router(Steering(current, reload, audit), _actor))
     app.state.export = source.export
-    app.include_router(injection_router(lambda: app.state.settings, gateway_url))
+    app.include_router(injection_router(injections))
     app.state.keeper = key_keeper
     app.state.tls = None
     app.add_middleware(AdminGate, keeper=key_keeper, settings=lambda: app.state.settings)

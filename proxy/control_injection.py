@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import msgspec
@@ -29,7 +30,7 @@ from fastapi.concurrency import run_in_threadpool
 from proxy.audit import append_audit
 from proxy.errors import GatewayError, error_body
 from proxy.fault_lease import end_lease
-from proxy.injection import MAX_PLAN_BYTES, Plan, Status, Task, check_plan, injector_pid, new_run_id
+from proxy.injection import MAX_PLAN_BYTES, Plan, State, Status, Task, check_plan, injector_pid, new_run_id
 from proxy.settings import Settings
 
 log = logging.getLogger("burstgate.control")
@@ -37,6 +38,7 @@ log = logging.getLogger("burstgate.control")
 STOP_S = 2.0
 KEPT_RUNS = 100
 MAX_ACTOR = 100
+ENDED: tuple[State, ...] = ("completed", "tripped", "stopped", "failed")
 
 
 class _Run:
@@ -106,13 +108,23 @@ class _Run:
 
 
 class Injections:
-    """The injections of one control plane. Its methods are for threads."""
+    """The injections of one control plane. Its methods are for threads.
+
+    settings: as they are now. gateway_url: where the workers listen; empty is by the settings.
+    """
 
     def __init__(self, settings: Callable[[], Settings], gateway_url: str) -> None:
         self._settings = settings
         self._gateway_url = gateway_url
         self._runs: dict[str, _Run] = {}
+        self._forgotten: Counter[State] = Counter()
         self._lock = threading.Lock()
+
+    def ended(self) -> dict[State, int]:
+        """How many have ended, by how, since this control plane began."""
+        with self._lock:
+            states = self._forgotten + Counter(run.status.state for run in self._runs.values())
+        return {state: states[state] for state in ENDED}
 
     def start(self, plan: Plan, actor: str) -> Status:
         """Begin one. Raises GatewayError."""
@@ -139,7 +151,7 @@ class Injections:
                 raise GatewayError(500, "injection_failed", f"the injector can not start: {error.strerror}") from None
             self._runs[run_id] = run
             while len(self._runs) > KEPT_RUNS:
-                del self._runs[next(iter(self._runs))]
+                self._forgotten[self._runs.pop(next(iter(self._runs))).status.state] += 1
         return run.status
 
     def all(self) -> list[Status]:
@@ -169,9 +181,8 @@ class Injections:
         return run
 
 
-def injection_router(settings: Callable[[], Settings], gateway_url: str) -> APIRouter:
-    """The routes. settings: as they are now. gateway_url: where the workers listen; empty is by the settings."""
-    injections = Injections(settings, gateway_url)
+def injection_router(injections: Injections) -> APIRouter:
+    """The routes."""
     router = APIRouter()
 
     @router.post("/api/v1/injections")

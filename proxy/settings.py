@@ -665,6 +665,7 @@ class Settings(_Frozen):
     data_dir: Path = Field(Path("burstgate-data"), description="journal, SQLite file and secret")
     database_url: str | None = Field(None, description="default: SQLite in data_dir; postgresql://USER@HOST/NAME")
     workers: int = Field(1, ge=1, le=256, description="gateway worker processes")
+    recorder: bool = Field(True, description="false: `burstgate record` runs beside it, on the same data_dir")
     gateway: str = Field(default_factory=socket.gethostname, description="this gateway's name in its records")
     journal: JournalSettings = JournalSettings()
     timeouts: TimeoutSettings = TimeoutSettings()
@@ -736,7 +737,7 @@ class Settings(_Frozen):
         return self.data_dir / "journal"
 
 
-NEED_STOP = ("host", "port", "control_host", "control_port", "data_dir", "database_url")
+NEED_STOP = ("host", "port", "control_host", "control_port", "data_dir", "database_url", "recorder")
 """Settings, or groups of them, that a running installation keeps until it is stopped and started."""
 NEED_RESTART = ("gateway", "journal", "record", "tls")
 """Those that new processes take up: a zero-downtime restart will do. All others change while running."""

@@ -150,7 +150,8 @@ class Supervisor:
             self._workers.append(Child(left.name, "proxy.app", self._settings, sockets))
         self._control = self._new_control()
         self._leaving = [Child(left.name, "", self._settings) for left in handover.leaving]
-        lefts = (handover.recorder, handover.control_plane, *handover.workers, *handover.leaving)
+        recorder = [handover.recorder] if self._settings.recorder else []
+        lefts = (*recorder, handover.control_plane, *handover.workers, *handover.leaving)
         for child, left in zip((*self._children(), *self._leaving), lefts, strict=True):
             child.adopt(left)
         self._is_taking_over = True
@@ -167,7 +168,8 @@ class Supervisor:
         return Child("control plane", "proxy.control", self._settings, tuple(self._control_sockets), gateway_url=url)
 
     def _children(self) -> list[Child]:
-        return [self._recorder, *([self._control] if self._control is not None else []), *self._workers]
+        recorder = [self._recorder] if self._settings.recorder else []
+        return [*recorder, *([self._control] if self._control is not None else []), *self._workers]
 
     def catch_signals(self) -> None:
         """From here on, the signals above mean what they mean; before, each of them ends the process."""

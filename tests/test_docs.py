@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from proxy.cli import app
+from proxy.health import State
 from proxy.otel import CLIENT_DURATION, CLIENT_TOKENS, SCHEMA_VERSION, SERVER_HISTOGRAMS
 from proxy.settings import ENV_PREFIX, Settings, setting_keys, show_value
 from replay.simulator.__main__ import machine_flags
@@ -96,6 +97,7 @@ def metrics_page() -> str:
     with tempfile.TemporaryDirectory() as folder:
         installation = Installation(Path(folder))
         installation.request(Outcome.OK)
+        installation.see(State.UP)
         installation.record()
         with serving(installation.settings) as client:
             scrape_until(client, "burstgate_records_in_database_total")
@@ -120,9 +122,9 @@ def test_the_metrics_page_lists_every_metric() -> None:
 
 def _commands(page: Path) -> Iterator[list[str]]:
     """The `burstgate ...` commands in a page's shell blocks."""
-    for block in re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    for block in re.findall(r"^```(?:sh|bash|console)(?: run)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            text = line.removeprefix("$ ").strip()
+            text = re.split(r"\s*[|;&>]", line.removeprefix("$ ").strip())[0]  # up to what the shell does with it
             if text.startswith(("burstgate ", ".venv/bin/burstgate ")):
                 yield shlex.split(text, comments=True)[1:]
 

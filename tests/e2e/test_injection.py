@@ -127,6 +127,7 @@ def test_failing_live_traffic_stops_a_burst_within_two_seconds(serving: Installa
     assert status["state"] == "tripped"
     assert status["reason"].startswith("injection.stop_failure_rate")
     assert time.monotonic() - began_s < 3.0
+    assert 'burstgate_injections_total{state="tripped"} 1.0' in httpx.get(f"{serving.control_url}/metrics").text
 
 
 SEEN_AS = {

@@ -17,12 +17,16 @@ import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.control import build_control
+from proxy.health import State
 from proxy.settings import Settings
 from proxy.telemetry import WORKER_COUNTERS, WorkerMetrics
+from proxy.upstream import UpstreamStatus
+from proxy.view import WorkerView, write_view
+from storage.counters import places
 from storage.engine import open_engine, upgrade
 from storage.entries import Begun
 from storage.frame import encode_frame
-from storage.journal import JournalWriter
+from storage.journal import JOURNAL_COUNTERS, JournalWriter
 from storage.recorder import Recorder
 from storage.sink import open_sink
 from traces.record import Outcome, TraceRecord
@@ -59,6 +63,14 @@ class Installation:
             self.journal.end(record)
             self.metrics.ended(record, "chat", 0.4)
             self.metrics.left()
+
+    def see(self, *states: State) -> None:
+        """A worker's view of upstreams in these states, as it writes one every second."""
+        upstreams = tuple(
+            UpstreamStatus(f"upstream-{number}", state, 0, 1.0, 1.0, None, None, 0)
+            for number, state in enumerate(states, 1)
+        )
+        write_view(self.settings.data_dir, WorkerView(os.getpid(), time.time(), "", 0, upstreams))
 
     def record(self) -> None:
         """Move everything into the database."""
@@ -237,3 +249,32 @@ def test_files_in_trouble_are_findings(tmp_path: Path, damage: str) -> None:
             assert doctor.status_code == 200
             assert doctor.json()["ok"] is (damage == "no journal")
             assert client.get("/api/v1/status").status_code == 200
+
+
+def test_an_upstream_is_up_unless_down_or_ejected(installation: Installation) -> None:
+    installation.see(*State)
+    with serving(installation.settings) as client:
+        up = {label: value for (name, label), value in scrape(client).items() if name == "burstgate_upstream_up"}
+    assert up == {
+        f"upstream-{number}": float(state not in {State.DOWN, State.EJECTED}) for number, state in enumerate(State, 1)
+    }
+
+
+def test_missing_records_are_a_metric(installation: Installation) -> None:
+    for _ in range(3):
+        installation.request(Outcome.OK)
+    installation.record()
+    with serving(installation.settings) as client:
+        assert scrape_until(client, "burstgate_records_missing")["burstgate_records_missing", ""] == 0
+    accepted = dict(places(JOURNAL_COUNTERS))["accepted"]
+    installation.journal.counters.slots[accepted] += 20  # begun, and in no frame
+    with serving(installation.settings) as client:
+        assert scrape_until(client, "burstgate_records_missing")["burstgate_records_missing", ""] > 10
+
+
+def test_ended_injections_are_counted_by_how(installation: Installation) -> None:
+    with serving(installation.settings) as client:
+        ended = {
+            label: value for (name, label), value in scrape(client).items() if name == "burstgate_injections_total"
+        }
+    assert ended == {"completed": 0, "tripped": 0, "stopped": 0, "failed": 0}
