@@ -14,15 +14,16 @@ BIN := .venv/bin
 demo: .venv/.installed
 	@$(BIN)/burstgate demo
 
-# Everything but what takes minutes or a real vLLM. First what needs no core for itself, two at a time.
-PURE := tests/wire tests/traces tests/storage tests/fuzz tests/test_architecture.py tests/test_docs.py
+# Everything but what takes minutes or a real vLLM, two at a time; what needs the machine for itself comes last.
+ALONE := tests/e2e/test_load.py tests/replay/test_runner.py
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not vllm" $(PURE)
-	$(BIN)/python -m pytest -m "not slow and not vllm" $(PURE:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not vllm" $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest -m "not slow and not vllm" $(ALONE)
 
 # The rest: the long crash and outage rounds, and the suites against a real vLLM where one can be had.
 test-slow: .venv/.installed
-	$(BIN)/python -m pytest -m "slow or vllm"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not vllm"
+	$(BIN)/python -m pytest -m vllm
 
 # The data plane's tests against a data plane that is compiled, as it is for a release; needs a C compiler.
 test-compiled: .venv/.installed
