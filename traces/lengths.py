@@ -193,8 +193,9 @@ def describe_lengths(table: pl.DataFrame) -> LengthReport:
 
 def count_lengths(lengths: pl.Series) -> LengthCounts:
     """How many rows have each length; nulls are left out."""
-    values, counts = np.unique(lengths.drop_nulls().to_numpy(), return_counts=True)
-    return LengthCounts(values.astype(np.int64), counts)
+    known = lengths.drop_nulls()
+    by_value = known.alias("value").value_counts(name="n").sort("value")  # several times faster than sorting them all
+    return LengthCounts(*(by_value[name].cast(pl.Int64).to_numpy() for name in ("value", "n")))
 
 
 def length_stats(lengths: LengthCounts) -> LengthStats:
@@ -507,7 +508,12 @@ def relate(lengths: pl.DataFrame, bin_tokens: int = BIN_TOKENS) -> Relation:
     known = lengths.select("request_tokens", "response_tokens").drop_nulls()
     # One 64-bit key a pair, sorted: several times faster than grouping by two columns.
     keys = known.select(pl.col("request_tokens").cast(pl.Int64) * 2**32 + pl.col("response_tokens")).to_series()
-    key, n = np.unique(keys.to_numpy(), return_counts=True)
+    sorted_keys = keys.to_numpy(writable=True)
+    del keys
+    sorted_keys.sort()
+    first = np.flatnonzero(np.concatenate((sorted_keys[:1] >= 0, sorted_keys[1:] != sorted_keys[:-1])))
+    key, n = sorted_keys[first], np.diff(first, append=len(sorted_keys))
+    del sorted_keys
     request, response = key >> 32, key & (2**32 - 1)
     return Relation(
         n=known.height,

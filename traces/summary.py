@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from traces.record import Outcome
+from traces.record import LogType, Outcome
 
 FIELDS: Final = (
     "received_at", "session_id", "model", "request_tokens", "response_tokens", "log_type", "outcome",
@@ -30,6 +30,32 @@ COMPACT_ROWS: Final = 100_000
 """Rows of partial counts that wait before they are added up."""
 RENDERED_MODELS: Final = 20
 """Models that the terminal table shows; the summary itself has all."""
+
+_VALUE_BITS: Final = 40
+"""Of the 63 of a group and a value in one integer: tokens to 10^12, and four million models."""
+_NO_COUNTS: Final = pl.DataFrame(schema={"group": pl.Int64(), "value": pl.Int64(), "n": pl.Int64()})
+_OUTCOMES: Final = pl.Enum([str(outcome) for outcome in Outcome])
+_OUTCOME: Final = pl.col("outcome").cast(_OUTCOMES).to_physical()
+_OK: Final = list(Outcome).index(Outcome.OK)
+# A row's group: 0 or 1 for the log type, and from the next bit on its model's number in polars' categories, from 1.
+_GROUP: Final = (
+    pl.col("model").cast(pl.Categorical()).to_physical().cast(pl.Int64).fill_null(-1).add(1) * 2
+    + (pl.col("log_type") == LogType.CONVERSATION.value)
+).alias("group")
+_LOG_TYPE_NAME: Final = (
+    pl.when(pl.col("group") % 2 == 1)
+    .then(pl.lit(LogType.CONVERSATION.value))
+    .otherwise(pl.lit(LogType.API.value))
+    .alias("log_type")
+)
+_MODEL_NAME: Final = (
+    pl.when(pl.col("group") >= 2)
+    .then(pl.col("group") // 2 - 1)
+    .cast(pl.UInt32)
+    .cat.to(pl.Categorical())
+    .cast(pl.String)
+    .alias("model")
+)
 
 
 class TokenStats(msgspec.Struct, frozen=True):
@@ -86,21 +112,23 @@ class Summary(msgspec.Struct, frozen=True):
 def summarize(batches: Iterable[pl.DataFrame]) -> Summary:
     """The summary of a trace given in batches, sorted or not; of their columns it needs FIELDS."""
     stamps_s = array("d")
-    rows = _Counts("model", "log_type", "outcome")
-    request = _Counts("model", "log_type", "request_tokens")
-    response = _Counts("model", "log_type", "response_tokens")
+    outcomes, request, response = _Counts(), _Counts(), _Counts()
     sessions = _Sessions()
     for batch in batches:
         stamps_s.frombytes(batch["received_at"].to_numpy().tobytes())
-        rows.add(batch)
-        ok = batch.filter(pl.col("outcome") == Outcome.OK.value)
-        request.add(ok.filter(pl.col("request_tokens").is_not_null()))
-        response.add(ok.filter(pl.col("response_tokens").is_not_null()))
+        coded = batch.select(_GROUP, _OUTCOME.cast(pl.Int64).alias("outcome"), "request_tokens", "response_tokens")
+        outcomes.add(coded["group"], coded["outcome"])
+        ok = coded.filter(pl.col("outcome") == _OK)
+        request.add(ok["group"], ok["request_tokens"])
+        response.add(ok["group"], ok["response_tokens"])
         sessions.add(batch["session_id"])
 
-    counts = (rows.total(), request.total(), response.total())
-    outcomes = rows.total().group_by("outcome").agg(pl.col("n").sum()).sort("n", "outcome", descending=[True, False])
-    failures = _failures(rows.total())
+    rows = outcomes.total().with_columns(
+        pl.col("value").replace_strict(dict(enumerate(_OUTCOMES.categories)), return_dtype=pl.String).alias("outcome")
+    )
+    counts = tuple(each.with_columns(_MODEL_NAME, _LOG_TYPE_NAME) for each in (rows, request.total(), response.total()))
+    by_outcome = rows.group_by("outcome").agg(pl.col("n").sum()).sort("n", "outcome", descending=[True, False])
+    failures = _failures(rows)
     gaps = _gap_stats(np.frombuffer(stamps_s, dtype=np.float64))
     n = len(stamps_s)
     return Summary(
@@ -114,24 +142,32 @@ def summarize(batches: Iterable[pl.DataFrame]) -> Summary:
         sessions=sessions.total(),
         failures=failures,
         failure_rate=failures / n if n else None,
-        request_tokens=_token_stats(request.total(), "request_tokens"),
-        response_tokens=_token_stats(response.total(), "response_tokens"),
-        by_outcome=dict(outcomes.iter_rows()),
+        request_tokens=_token_stats(counts[1]),
+        response_tokens=_token_stats(counts[2]),
+        by_outcome=dict(by_outcome.iter_rows()),
         by_model=_groups("model", *counts),
         by_log_type=_groups("log_type", *counts),
     )
 
 
 class _Counts:
-    """How many rows have each combination of some columns' values."""
+    """How many rows have each pair of a group and a value, integers >= 0; rows without a value are left out."""
 
-    def __init__(self, *columns: str) -> None:
-        self._columns = columns
-        self._parts: list[pl.DataFrame] = []
+    def __init__(self) -> None:
+        self._parts: list[pl.DataFrame] = [_NO_COUNTS]
         self._waiting = 0
 
-    def add(self, batch: pl.DataFrame) -> None:
-        part = batch.group_by(self._columns).agg(pl.len().cast(pl.Int64).alias("n"))
+    def add(self, groups: pl.Series, values: pl.Series) -> None:
+        if not (_is_within(groups, 63 - _VALUE_BITS) and _is_within(values, _VALUE_BITS)):
+            rows = pl.DataFrame({"group": groups, "value": values}).drop_nulls()
+            part = rows.group_by("group", "value").agg(pl.len().cast(pl.Int64).alias("n"))
+        else:  # both in one integer are counted five times as fast
+            packed = (groups * (1 << _VALUE_BITS) + values).drop_nulls().alias("packed").value_counts(name="n")
+            part = packed.select(
+                (pl.col("packed") // (1 << _VALUE_BITS)).alias("group"),
+                (pl.col("packed") % (1 << _VALUE_BITS)).alias("value"),
+                pl.col("n").cast(pl.Int64),
+            )
         self._parts.append(part)
         self._waiting += part.height
         # The sum so far is part 0: waiting for as much again keeps the work linear.
@@ -139,11 +175,15 @@ class _Counts:
             self.total()
 
     def total(self) -> pl.DataFrame:
-        """The columns and `n`, a row for each combination; no rows, and no types, before the first batch."""
+        """The columns `group`, `value` and `n`, a row for each pair."""
         if len(self._parts) > 1:
-            self._parts = [pl.concat(self._parts).group_by(self._columns).agg(pl.col("n").sum())]
+            self._parts = [pl.concat(self._parts).group_by("group", "value").agg(pl.col("n").sum())]
         self._waiting = 0
-        return self._parts[0] if self._parts else pl.DataFrame(schema=[*self._columns, "n"])
+        return self._parts[0]
+
+
+def _is_within(values: pl.Series, bits: int) -> bool:
+    return bool(values.is_between(0, (1 << bits) - 1).all())
 
 
 class _Sessions:
@@ -176,7 +216,8 @@ def _gap_stats(stamps_s: NDArray[np.float64]) -> _Gaps:
     """Sorts `stamps_s` in place: it may be most of the memory in use."""
     if not len(stamps_s):
         return _Gaps()
-    stamps_s.sort()
+    if (stamps_s[1:] < stamps_s[:-1]).any():
+        stamps_s.sort()
     first_s, last_s = float(stamps_s[0]), float(stamps_s[-1])
     span_s, gaps = last_s - first_s, len(stamps_s) - 1
     if not gaps:
@@ -195,11 +236,11 @@ def _failures(rows: pl.DataFrame) -> int:
     return int(rows.filter(pl.col("outcome") != Outcome.OK.value)["n"].sum()) if rows.height else 0
 
 
-def _token_stats(counts: pl.DataFrame, column: str) -> TokenStats:
+def _token_stats(counts: pl.DataFrame) -> TokenStats:
     if not counts.height:
         return TokenStats(0, None, None, None, None, None, None)
-    by_value = counts.group_by(column).agg(pl.col("n").sum()).sort(column)
-    values, cumulative = by_value[column], by_value["n"].cum_sum().to_numpy()
+    by_value = counts.group_by("value").agg(pl.col("n").sum()).sort("value")
+    values, cumulative = by_value["value"], by_value["n"].cum_sum().to_numpy()
     requests = int(cumulative[-1])
     # Python's integers: a sum of counts may pass 64 bits.
     total = sum(value * n for value, n in by_value.iter_rows())
@@ -225,8 +266,8 @@ def _groups(column: str, rows: pl.DataFrame, request: pl.DataFrame, response: pl
                 requests=requests,
                 failures=failures,
                 failure_rate=failures / requests,
-                request_tokens=_token_stats(request.filter(is_here), "request_tokens"),
-                response_tokens=_token_stats(response.filter(is_here), "response_tokens"),
+                request_tokens=_token_stats(request.filter(is_here)),
+                response_tokens=_token_stats(response.filter(is_here)),
             )
         )
     return tuple(groups)

@@ -147,7 +147,7 @@ def _write_tables(folder: Path, found: Analyzed) -> None:
     tables = {chart.name: chart.table for chart in charts(found.analysis)}
     for name, table in (*tables.items(), ("windows", found.windows)):
         with whole_file(folder / f"{name}.csv") as stream:
-            table.write_csv(stream)
+            stream.write(table.write_csv().encode())  # polars' own error does not say that the disk is full
 
 
 def _write_pictures(folder: Path, form: str, found: Analyzed) -> None:

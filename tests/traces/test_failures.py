@@ -17,7 +17,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from tests.traces.test_burstgpt import real_head
 from traces import failures as module
-from traces.batch import batch_from_records
+from traces.batch import batch_from_records, complete_batch
 from traces.codec import read_trace
 from traces.failures import (
     GROUPED,
@@ -235,6 +235,52 @@ def test_runs_are_itertools_groups(flags: list[bool]) -> None:
     assert (found.runs, found.longest) == (len(sizes), max(sizes, default=0))
     if len(sizes) <= module.MAX_RUNS:
         assert [run.failures for run in found.listed] == sizes
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_runs_of_a_chain_have_its_times(seed: int) -> None:
+    """A request a second, up and down by a Markov chain: geometric times of mean 1 / chance, CV near 1."""
+    rng, n, fails, recovers = np.random.default_rng(seed), 200_000, 0.02, 0.25
+    draws, state = rng.random(n), False
+    flags = np.empty(n, dtype=np.bool_)
+    for at in range(n):
+        state = draws[at] >= recovers if state else draws[at] < fails
+        flags[at] = state
+    found = failure_runs(np.arange(n, dtype=np.float64), flags)
+    runs = n * fails * recovers / (fails + recovers)
+    assert found.runs == pytest.approx(runs, rel=4.5 / math.sqrt(runs))
+    assert found.mttr_s == pytest.approx(1 / recovers, rel=4.5 / math.sqrt(runs))
+    assert found.mtbf_s == pytest.approx(1 / fails, rel=4.5 / math.sqrt(runs))
+    # A run is longer than k with a chance of 0.75^k: the longest of 3,700 has about 29, 17 to 60 but once in 10^4.
+    assert 17 < found.longest < 60
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.02])
+def test_a_steady_share_of_failures_burns_its_multiple_of_the_budget(share: float) -> None:
+    """3,600 requests an hour, of which exactly `share` fail, evenly spread."""
+    n, slo = 400_000, 0.999
+    stamps_s = np.arange(n, dtype=np.float64)
+    failed = np.arange(1, n + 1) % round(1 / share) == 0
+    rows = pl.DataFrame({"received_at": stamps_s, "outcome": np.where(failed, "truncated", "ok")})
+    found = availability(collect([complete_batch(rows.with_columns(request_id=pl.lit("r")))]).table, slo)
+    assert found.budget_used == pytest.approx(share / (1 - slo))
+    for alert in found.alerts:
+        assert alert.burn_at_end == pytest.approx(share / (1 - slo), rel=0.45 if share < 0.001 else 0.02)
+        assert bool(alert.episodes) == (share / (1 - slo) > alert.rule.burn_rate)
+
+
+@pytest.mark.parametrize("truth", [1.0, 4.0])
+def test_odds_intervals_cover_the_truth_as_often_as_they_say(truth: float) -> None:
+    """Of 2,000 draws; at 95 % the standard error of the share is 0.005."""
+    rng, outside = np.random.default_rng(5), 0.05
+    inside_share = truth * outside / (1 - outside + truth * outside)
+    covered = 0
+    for a, b in zip(rng.binomial(500, inside_share, 2000), rng.binomial(5000, outside, 2000), strict=True):
+        found = contrast_of(rate(500, int(a)), rate(5000, int(b)))
+        assert found.low is not None
+        assert found.high is not None
+        covered += found.low <= truth <= found.high
+    assert covered / 2000 == pytest.approx(0.95, abs=0.02)
 
 
 def test_upstreams_have_runs_of_their_own() -> None:

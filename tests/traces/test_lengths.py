@@ -91,6 +91,21 @@ def test_lognormal_and_gamma_give_back_their_parameters(seed: int) -> None:
     assert gamma["rate"] * 300 == pytest.approx(1, abs=SIGMAS * error)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_mixture_gives_back_its_parameters(seed: int) -> None:
+    """Two parts 6.7 sigmas apart overlap in 1 of 2,000 lengths: each has its own sample's errors."""
+    rng = np.random.default_rng(seed)
+    n, share = 20_000, 0.3
+    is_short = rng.random(n) < share
+    two = family(
+        counted(np.rint(np.where(is_short, rng.lognormal(4, 0.4, n), rng.lognormal(7, 0.5, n)))), "lognormal_mixture"
+    )
+    assert abs(two["share_1"] - share) < SIGMAS * math.sqrt(share * (1 - share) / n)
+    for number, part, mu, sigma in ((1, share * n, 4.0, 0.4), (2, (1 - share) * n, 7.0, 0.5)):
+        assert abs(two[f"mu_{number}"] - mu) < SIGMAS * sigma / math.sqrt(part)
+        assert abs(two[f"sigma_{number}"] - sigma) < SIGMAS * sigma / math.sqrt(2 * part)
+
+
 @pytest.mark.parametrize("truth", ["lognormal", "gamma", "zipf", "lognormal_mixture"])
 def test_the_information_criterion_finds_the_family(truth: str) -> None:
     rng = np.random.default_rng(11)

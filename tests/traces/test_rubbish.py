@@ -15,8 +15,10 @@ import msgspec
 import polars as pl
 import pytest
 
+from proxy.cli import main
 from tests.traces.test_codec import LATER, ROW, records, write
 from traces.codec import AZURE_COLUMNS, COLUMNS_6, COLUMNS_8, FORMATS, TraceFormatError, read_trace
+from traces.profile import decode_profile
 
 ROOT = Path(__file__).parents[2]
 TEXTS = {
@@ -250,3 +252,103 @@ def test_a_profile_that_is_none_is_one_line(tmp_path: Path) -> None:
     status, text = burstgate("replay", "--profile", path, "--target", "http://127.0.0.1:1", "--model", "m")
     assert status != 0
     assert text == f"burstgate: {path}: profile: burstgate_profile: expected version 1 to 2, got 99\n"
+
+
+HEADER = ",".join(COLUMNS_8)
+LINE = "{at},{session},2.5,m,{request},{response},{total},API log\n"
+
+
+def csv_of(*rows: tuple[float, int, int]) -> str:
+    lines = (LINE.format(at=at, session="", request=a, response=b, total=a + b) for at, a, b in rows)
+    return HEADER + "\n" + "".join(lines)
+
+
+ODD_TRACES = {
+    "empty": csv_of(),
+    "one row": csv_of((5.0, 7, 3)),
+    "all failures": csv_of(*((float(at), 0, 0) for at in range(60))),
+    "one giant gap": csv_of(*((float(at % 9), 7, 3) for at in range(40)), (4.2e9, 7, 3)),
+    "unsorted": csv_of(*((float(at * 7919 % 1000), at + 1, 3) for at in range(200))),
+}
+WRONG_TRACES = {
+    "not a number": HEADER + "\nnan,,2.5,m,7,3,10,API log\n",
+    "negative tokens": csv_of((1.0, 7, 3), (2.0, -7, 3)),
+}
+IS_NAN = re.compile(r"(?<![\w-])(NaN|nan|-?Infinity|-?inf)(?![\w-])")
+
+
+def analyses(path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, tuple[int, str, str]]:
+    """By command its exit status and what it says on standard output and error."""
+    said = {}
+    for name, arguments in {
+        "analyze": [path, "--html", folder / "page.html", "--json", folder / "analyze.json"],
+        "failures": [path, "--json", folder / "failures.json"],
+        "compare": [path, path, "--rounds", "20", "--json", folder / "compare.json"],
+        "fit": [path, "-o", folder / "profile.json"],
+    }.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["burstgate", name, *map(str, arguments)])
+            with pytest.raises(SystemExit) as left:
+                main()
+        told = capsys.readouterr()
+        said[name] = (int(left.value.code or 0), told.out, told.err)
+    return said
+
+
+@pytest.mark.parametrize("name", ODD_TRACES)
+def test_analyses_of_odd_traces_are_answers_without_nan(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(ODD_TRACES[name])
+    said = analyses(path, tmp_path, capsys)
+    for command in ("analyze", "failures", "compare"):
+        status, out, err = said[command]
+        # Compared with itself a trace is the same, or there is too little of it to tell.
+        assert status in ((0, 3) if command == "compare" else (0,)), (command, err)
+        assert "Traceback" not in err
+        assert not IS_NAN.search(out), command
+        text = (tmp_path / f"{command}.json").read_text()
+        json.loads(text, parse_constant=pytest.fail)
+    html = (tmp_path / "page.html").read_text()
+    # plotly.js has such words of its own; the figures' data is JSON, in which there are none.
+    figures = html[: html.index("plotly.js v")]
+    assert not re.search(r"[\[:,] ?(NaN|-?Infinity)\b", figures)
+    status, _, err = said["fit"]
+    if (tmp_path / "profile.json").exists():
+        assert status == 0
+        decode_profile((tmp_path / "profile.json").read_bytes())
+    else:
+        assert (status, err.count("\n")) == (1, 1), err
+        assert re.match(r"burstgate: (fit|.*t\.csv): expected ", err)
+
+
+@pytest.mark.parametrize("name", WRONG_TRACES)
+def test_analyses_of_wrong_traces_are_one_clear_line(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(WRONG_TRACES[name])
+    for command, (status, out, err) in analyses(path, tmp_path, capsys).items():
+        assert (status, out) == (2 if command == "compare" else 1, ""), command
+        assert re.fullmatch(rf"burstgate: {re.escape(str(path))}:[23]: column '.*': expected .*, got .*\n", err)
+    assert [each.name for each in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_analyses_on_a_full_disk_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(ODD_TRACES["unsorted"])
+    for arguments in (
+        ("analyze", path, "--csv-dir", tmp_path / "csv"),
+        ("failures", path, "--json", tmp_path / "f.json"),
+    ):
+        status, text = burstgate(*arguments, limit_bytes=200)
+        assert (status, text.count("\n")) == (1, 1), (arguments, text)
+        assert text.startswith("burstgate: ")
+        assert text.endswith("File too large\n")
+    assert {each.name for each in tmp_path.iterdir()} == {"t.csv", "csv"}
+    # The small ones before the one that did not fit are whole.
+    for table in (tmp_path / "csv").iterdir():
+        assert table.suffix == ".csv"
+        assert table.stat().st_size <= 200
+        assert table.read_text().endswith("\n")
