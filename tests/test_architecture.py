@@ -103,6 +103,7 @@ def test_tests_are_imported_by_tests_only() -> None:
         ("redis", {"proxy/shared_limits.py"}),
         ("tokenizers", {"replay/tokenizer.py"}),
         ("ray", {"replay/ray_senders.py"}),
+        ("textual", {"proxy/top.py"}),
         ("yaml", {"proxy/settings.py"}),
         ("pydantic", {"proxy/settings.py", "proxy/control_*.py"}),
         ("fsspec", {"storage/archive.py"}),

@@ -21,6 +21,7 @@ from proxy.settings import KeySettings, PacingSettings, RuleSettings, Settings, 
 from proxy.shaper import Shaper, read_pattern
 from proxy.shaping import Ticket
 from proxy.telemetry import WORKER_COUNTERS, ShapingMetrics, WorkerMetrics
+from storage.counters import slot_count
 from storage.journal import JOURNAL_COUNTERS
 from storage.key_file import CachedKey, KeyLimits, key_file, key_hash, write_key_file
 from tests.proxy.harness import (
@@ -318,7 +319,7 @@ async def test_a_defect_in_shaping_lets_requests_through(tmp_path: Path) -> None
 
 
 def test_the_view_reaches_the_metrics(tmp_path: Path) -> None:
-    metrics = WorkerMetrics(memoryview(bytearray(8 * len(NAMES))).cast("Q"))
+    metrics = WorkerMetrics(memoryview(bytearray(8 * slot_count(NAMES))).cast("Q"))
     settings = Settings(shaping=shaped({"name": "one", "concurrency": "adaptive"}))
 
     async def view() -> bytes:
@@ -404,7 +405,7 @@ async def leasing(*workers: Shaper) -> AsyncIterator[None]:
 
 def worker(redis: Redis, workers: int = 2, **rule: Any) -> tuple[Shaper, dict[str, int]]:
     """A shaper as a worker has it, and its counters."""
-    slots = memoryview(bytearray(8 * len(NAMES))).cast("Q")
+    slots = memoryview(bytearray(8 * slot_count(NAMES))).cast("Q")
     fields = {"name": "all", "max_wait_s": 60, "queue": 10_000, **rule}
     settings = Settings(workers=workers, shaping=shaped(fields, backend=redis.url))
     metrics = WorkerMetrics(slots)
