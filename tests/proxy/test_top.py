@@ -99,12 +99,29 @@ def test_what_happened_between_two_readings(installation: Installation) -> None:
 def test_the_snapshot_as_text(installation: Installation) -> None:
     with serving(installation.settings) as client:
         text = as_text(between(installation, client))
-    text = re.sub(r"\d\d:\d\d:\d\d", "HH:MM:SS", text)
+    text = re.sub(r"\d\d:\d\d:\d\d", "HH:MM:SS", text) + "\n"
+    text = re.sub(r"^burstgate \S+", "burstgate VERSION", text)
     assert (
         text
         == """\
-burstgate 0.1.0  test  workers 1/2  database up  over 2.0 s
+burstgate VERSION  test  workers 1/2  database up  over 2.0 s
 requests/s  1.5
+tokens/s    10.5 in, 4.5 out
+in flight   1
+ttft        p50 18 ms  p95 24 ms  p99 25 ms
+failed/s    0.5
+failures    upstream_error 0.5/s (2)  client_gone 0.0/s (1)
+
+upstream            state  in flight  weight  requests/s  failed/s  ttft p95
+http://user-a:8000  ?      0          1       1.5         0.5       24 ms
+
+model  requests/s  failed/s  tokens/s  ttft p50  p95    p99
+m      1.5         0.5       4.5       18 ms     24 ms  25 ms
+
+time      outcome         status  error  model  upstream
+HH:MM:SS  upstream_error  -       -      m      http://user-a:8000
+HH:MM:SS  client_gone     -       -      m      http://user-a:8000
+HH:MM:SS  upstream_error  -       -      m      http://user-a:8000
 """
     )
     assert all(len(line) <= 80 for line in text.splitlines())
