@@ -3,7 +3,7 @@
     python -m benchmarks.soak OUT_FOLDER [--minutes 30] [--rate 20] [--workers 2]
 
 Two simulated vLLMs and a third as shadow target; a gateway that records with prefix blocks, shapes, mirrors a tenth,
-sends spans and metrics to a collector here, asks for keys with limits, looks after retention and writes JSON logs; each
+sends spans and metrics to a collector here, asks for keys with limits, looks after retention; each
 minute a burst is injected. Clients come as a Poisson process of `rate` requests a second: streams, plain chats,
 embeddings, clients that leave, wrong keys, bodies that are no JSON.
 
@@ -97,7 +97,6 @@ def everything_on(shadow: str, otlp: str, folder: Path, key: str) -> dict[str, s
         "BURSTGATE_RETENTION__MAX_AGE_DAYS": "1",
         "BURSTGATE_RETENTION__ARCHIVE": str(folder / "archive"),
         "BURSTGATE_RETENTION__CHECK_INTERVAL_S": "10",
-        "BURSTGATE_LOG__FORMAT": "json",
     }
 
 

@@ -173,7 +173,7 @@ class Injections:
 def injection_router(settings: Callable[[], Settings], gateway_url: str) -> APIRouter:
     """The routes. settings: as they are now. gateway_url: where the workers listen; empty is by the settings."""
     injections = Injections(settings, gateway_url)
-    router = APIRouter()
+    router = APIRouter(tags=["injection"])
 
     @router.post(
         "/api/v1/injections",
