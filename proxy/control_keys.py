@@ -99,7 +99,7 @@ def keys_router(keeper: KeyKeeper) -> APIRouter:
         key = KeyWanted(wanted.name, wanted.tenant, expires_at, limits, log_type, wanted.role)
         return await done(lambda: MadeKey(*create_key(engine_of_keys(), key, keeper.secret, now_s)), 201)
 
-    @router.post("/keys/{key_id}/rotate", status_code=201, responses=answers(MadeKey, 404, 409, 503, status=201))
+    @router.post("/keys/{key_id}/rotate", status_code=201, responses=answers(MadeKey, 409, 503, status=201))
     async def rotate(key_id: str, rotation: Rotation) -> Response:
         """Make a key's successor; the old one ends after the grace period."""
         grace_s = rotation.grace_s
@@ -108,7 +108,7 @@ def keys_router(keeper: KeyKeeper) -> APIRouter:
             201,
         )
 
-    @router.delete("/keys/{key_id}", responses=answers(ApiKey, 404, 503))
+    @router.delete("/keys/{key_id}", responses=answers(ApiKey, 409, 503))
     async def revoke(key_id: str) -> Response:
         """End a key now."""
         return await done(lambda: revoke_key(engine_of_keys(), key_id, time.time()))

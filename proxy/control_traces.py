@@ -104,6 +104,12 @@ def _stretch(start: float | None, end: float | None) -> tuple[float, float]:
     return first, last
 
 
+RequestView = msgspec.defstruct(
+    "RequestView", [(each.name, each.type) for each in msgspec.structs.fields(TraceRecord)], frozen=True
+)
+"""A record by the names of its fields: TraceRecord itself is written as an array."""
+
+
 class Point(msgspec.Struct, frozen=True):
     """One step of a history."""
 
@@ -207,7 +213,7 @@ def traces_router(reader: Reader) -> APIRouter:
     @router.get(
         "/requests",
         summary="Requests, newest first; go on with `before` and `before_id` of the last one",
-        responses=answers(list[TraceRecord], 503),
+        responses=answers(list[RequestView], 503),
     )
     def requests(
         selection: Selected,
@@ -219,7 +225,7 @@ def traces_router(reader: Reader) -> APIRouter:
         with reader.engine() as engine:
             return _reply(newest(engine, selection, limit, failures=failures, before=before, before_id=before_id))
 
-    @router.get("/requests/{request_id}", summary="One request, whole", responses=answers(TraceRecord, 404, 503))
+    @router.get("/requests/{request_id}", summary="One request, whole", responses=answers(RequestView, 404, 503))
     def request(request_id: str) -> Response:
         with reader.engine() as engine:
             found = newest(engine, Filter(), 1, request_id=request_id)
