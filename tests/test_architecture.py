@@ -91,6 +91,7 @@ def test_tests_are_imported_by_tests_only() -> None:
                 "proxy/series.py",
                 "proxy/otel.py",
                 "proxy/control.py",
+                "proxy/glance.py",
                 "replay/scaling.py",
                 "replay/scrape.py",
                 "replay/simulator/*",
