@@ -104,7 +104,7 @@ def _stretch(start: float | None, end: float | None) -> tuple[float, float]:
     return first, last
 
 
-RequestView = msgspec.defstruct(
+RequestView: Any = msgspec.defstruct(
     "RequestView", [(each.name, each.type) for each in msgspec.structs.fields(TraceRecord)], frozen=True
 )
 """A record by the names of its fields: TraceRecord itself is written as an array."""
