@@ -11,14 +11,14 @@ from typing import Any
 
 import typer
 
-from proxy.commands import analysis, data, injection, keys, load, service, traces
+from proxy.commands import analysis, data, injection, keys, load, operate, service, traces
 from proxy.commands.common import app
 from proxy.config_error import ConfigError
 from storage.errors import ArchiveError, DatabaseUnavailable, DatabaseUrlError, SchemaError
 from traces.codec import TraceFormatError
 
 __all__ = ["app", "main"]
-_COMMANDS = (service, traces, analysis, load, injection, data, keys)
+_COMMANDS = (service, traces, analysis, load, injection, data, keys, operate)
 """Whose import makes the commands."""
 
 EXPECTED = (

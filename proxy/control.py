@@ -22,6 +22,7 @@ import msgspec
 import uvicorn
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
@@ -29,12 +30,13 @@ from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 
 from proxy.admin_auth import AdminGate
-from proxy.audit import append_audit, read_audit
+from proxy.audit import AuditEntry, append_audit, read_audit
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.config_error import ConfigError
 from proxy.control_config import Steering, config_router
 from proxy.control_injection import Injections, injection_router
 from proxy.control_keys import keys_router
+from proxy.control_schema import answers, document
 from proxy.control_traces import Reader, traces_router
 from proxy.doctor import Check, balance_of, diagnose
 from proxy.health import State
@@ -198,7 +200,7 @@ def retention_metrics(state: RetentionState | None) -> Iterator[Metric]:
         )
 
 
-class Status(msgspec.Struct, frozen=True):
+class Overview(msgspec.Struct, frozen=True):
     """What runs, in one look."""
 
     version: str
@@ -213,6 +215,13 @@ class Status(msgspec.Struct, frozen=True):
     database: str
     is_database_up: bool
     uptime_s: float
+
+
+class Diagnosis(msgspec.Struct, frozen=True):
+    """What `burstgate doctor` finds."""
+
+    ok: bool
+    checks: tuple[Check, ...]
 
 
 def _actor(request: Request) -> str:
@@ -299,24 +308,24 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None, 
     def as_json(value: object) -> Response:
         return Response(msgspec.json.encode(value), media_type="application/json")
 
-    @app.get("/healthz")
+    @app.get("/healthz", response_class=PlainTextResponse, responses=answers(str, media="text/plain"))
     def healthz() -> Response:
         """The control plane answers."""
         return Response("ok\n", media_type="text/plain")
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=answers(str, media="text/plain"))
     def metrics(request: Request) -> Response:
         """Everything for Prometheus, all workers in one scrape; with exemplars for those who accept OpenMetrics."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(registry), headers={"content-type": content_type})
 
-    @app.get("/api/v1/status")
+    @app.get("/api/v1/status", responses=answers(Overview))
     def status() -> Response:
         """What runs, in one look."""
         values = sum_counters(settings.journal_dir)
         now: Settings = app.state.settings
         return as_json(
-            Status(
+            Overview(
                 version,
                 settings.gateway,
                 tuple(map(str, now.upstreams)),
@@ -332,17 +341,18 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None, 
             )
         )
 
-    @app.get("/api/v1/doctor")
+    @app.get("/api/v1/doctor", responses=answers(Diagnosis))
     def doctor() -> Response:
         """The same checks as `burstgate doctor`."""
-        checks: list[Check] = list(diagnose(app.state.settings))
-        return as_json({"ok": all(check.is_ok is not False for check in checks), "checks": checks})
+        checks = tuple(diagnose(app.state.settings))
+        return as_json(Diagnosis(all(check.is_ok is not False for check in checks), checks))
 
-    @app.get("/api/v1/audit", summary="Who did what, newest first")
+    @app.get("/api/v1/audit", summary="Who did what, newest first", responses=answers(list[AuditEntry]))
     def audit_trail(limit: Annotated[int, Query(ge=1, le=10_000)] = 100) -> Response:
         newest = deque(read_audit(current().data_dir), maxlen=limit)
         return as_json(list(reversed(newest)))
 
+    document(app)
     return app
 
 

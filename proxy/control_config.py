@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -17,6 +17,7 @@ from fastapi import APIRouter, HTTPException, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from proxy.config_error import ConfigError
+from proxy.control_schema import answers
 from proxy.settings import (
     NEED_RESTART,
     NEED_STOP,
@@ -29,7 +30,8 @@ from proxy.settings import (
     value_of,
 )
 from proxy.steering import Revision, StaleRevision, change, check_changes, read_revisions, roll_back
-from proxy.view import digest_of, read_views
+from proxy.upstream import UpstreamStatus
+from proxy.view import WorkerView, digest_of, read_views
 from wire.http import parse_base_url
 
 APPLY_TIMEOUT_S = 5.0
@@ -76,6 +78,61 @@ class SettingRow(msgspec.Struct, frozen=True):
     """Changed through the control plane."""
 
 
+class ConfigView(msgspec.Struct, frozen=True):
+    """Every setting, as it is in force."""
+
+    revision: int
+    """0: nothing was changed through the control plane."""
+    digest: str
+    settings: tuple[SettingRow, ...]
+
+
+class RevisionView(msgspec.Struct, frozen=True):
+    """A revision without secrets."""
+
+    number: int
+    at: float
+    actor: str
+    note: str
+    values: dict[str, str]
+    kept: tuple[str, ...]
+
+
+class Applied(msgspec.Struct, frozen=True):
+    """What came of a change."""
+
+    revision: int
+    changed: tuple[str, ...]
+    workers_late: tuple[int, ...]
+    """Process ids of the workers that do not work with it yet."""
+    took_s: float
+
+
+class Validated(msgspec.Struct, frozen=True):
+    """What a change would do."""
+
+    ok: bool
+    changes: tuple[str, ...]
+
+
+class UpstreamAtWorker(msgspec.Struct, frozen=True):
+    """As one worker sees it."""
+
+    pid: int
+    view: UpstreamStatus
+
+
+class UpstreamView(msgspec.Struct, frozen=True):
+    """An upstream, and what each worker makes of it."""
+
+    name: str
+    url: str
+    weight: float
+    drain: bool
+    in_flight: int
+    workers: tuple[UpstreamAtWorker, ...]
+
+
 def _reply(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json", status_code=status)
 
@@ -90,20 +147,17 @@ def _row(settings: Settings, key: str, steered: dict[str, Any]) -> SettingRow:
     return SettingRow(key, show_setting(key, value_of(settings, key)), needs, key in steered)
 
 
-def _shown(revision: Revision) -> dict[str, Any]:
-    """A revision without secrets."""
-    return {
-        "number": revision.number,
-        "at": revision.at,
-        "actor": revision.actor,
-        "note": revision.note,
-        "values": {key: show_setting(key, value) for key, value in revision.values.items()},
-        "kept": revision.kept,
-    }
+def _shown(revision: Revision) -> RevisionView:
+    values = {key: show_setting(key, value) for key, value in revision.values.items()}
+    return RevisionView(revision.number, revision.at, revision.actor, revision.note, values, tuple(revision.kept))
 
 
 def _name_of(upstream: UpstreamSettings) -> str:
     return upstream.name or parse_base_url(upstream.url).text
+
+
+def _seen(views: Sequence[WorkerView], name: str) -> tuple[UpstreamAtWorker, ...]:
+    return tuple(UpstreamAtWorker(view.pid, each) for view in views for each in view.upstreams if each.name == name)
 
 
 class Steering:
@@ -124,7 +178,7 @@ class Steering:
         self._audit = audit
         self._turn = asyncio.Lock()
 
-    async def apply(self, changed: Changes, actor: str) -> dict[str, Any]:
+    async def apply(self, changed: Changes, actor: str) -> Applied:
         """Apply and wait; what came of it. Raises HTTPException."""
         async with self._turn:
             before = self.current()
@@ -143,7 +197,7 @@ class Steering:
                 before, made, lambda now: all(value_of(now, k) == value_of(wanted, k) for k in keys)
             )
 
-    async def back(self, number: int, actor: str) -> dict[str, Any]:
+    async def back(self, number: int, actor: str) -> Applied:
         """Back to a revision. Raises HTTPException."""
         async with self._turn:
             self._must_reload()
@@ -172,7 +226,7 @@ class Steering:
         except ConfigError as error:
             raise HTTPException(422, str(error)) from None
 
-    async def _took(self, before: Settings, made: Revision, is_there: Callable[[Settings], bool]) -> dict[str, Any]:
+    async def _took(self, before: Settings, made: Revision, is_there: Callable[[Settings], bool]) -> Applied:
         begun_s = time.monotonic()
         self._must_reload()()
         deadline_s = begun_s + APPLY_TIMEOUT_S
@@ -182,12 +236,8 @@ class Steering:
                 raise HTTPException(409, "the supervisor did not take the change, which was taken back: see its log")
             await asyncio.sleep(_POLL_S)
         late = await self._wait_for_workers(deadline_s)
-        return {
-            "revision": made.number,
-            "changed": list(map(str, changes(before, self.current()))),
-            "workers_late": late,
-            "took_s": time.monotonic() - begun_s,
-        }
+        changed = tuple(map(str, changes(before, self.current())))
+        return Applied(made.number, changed, tuple(late), time.monotonic() - begun_s)
 
     async def _wait_for_workers(self, deadline_s: float) -> list[int]:
         """The process ids of the workers that do not work with the settings in force."""
@@ -204,59 +254,56 @@ def config_router(steering: Steering, actor_of: Callable[[Request], str]) -> API
     """`/api/v1/config` and `/api/v1/upstreams`. actor_of: who asks, for the history."""
     router = APIRouter(prefix="/api/v1", tags=["configuration"])
 
-    @router.get("/config", summary="Every setting, and the revision in force")
+    @router.get("/config", summary="Every setting, and the revision in force", responses=answers(ConfigView))
     def show() -> Response:
         settings = steering.current()
         revisions = read_revisions(settings.data_dir)
         steered = revisions[-1].values if revisions else {}
         return _reply(
-            {
-                "revision": revisions[-1].number if revisions else 0,
-                "digest": digest_of(settings),
-                "settings": [_row(settings, key, steered) for key in setting_keys()],
-            }
+            ConfigView(
+                revisions[-1].number if revisions else 0,
+                digest_of(settings),
+                tuple(_row(settings, key, steered) for key in setting_keys()),
+            )
         )
 
-    @router.get("/config/history", summary="What was changed, newest first")
+    @router.get("/config/history", summary="What was changed, newest first", responses=answers(list[RevisionView]))
     def history() -> Response:
         return _reply([_shown(each) for each in reversed(read_revisions(steering.current().data_dir))])
 
-    @router.post("/config/validate", summary="Would these changes do? Nothing is changed")
+    @router.post("/config/validate", summary="Would these changes do? Nothing is changed", responses=answers(Validated))
     def check(changed: Changes) -> Response:
         settings = steering.current()
         try:
             wanted = check_changes(settings, changed.values)
         except ConfigError as error:
             raise HTTPException(422, str(error)) from None
-        return _reply({"ok": True, "changes": list(map(str, changes(settings, wanted)))})
+        return _reply(Validated(True, tuple(map(str, changes(settings, wanted)))))
 
-    @router.post("/config", summary="Apply changes to every worker")
+    @router.post("/config", summary="Apply changes to every worker", responses=answers(Applied, 409, 503))
     async def apply(changed: Changes, request: Request) -> Response:
         return _reply(await steering.apply(changed, actor_of(request)))
 
-    @router.post("/config/rollback/{revision}", summary="Back to an earlier revision; 0 is the configuration alone")
+    @router.post(
+        "/config/rollback/{revision}",
+        summary="Back to an earlier revision; 0 is the configuration alone",
+        responses=answers(Applied, 404, 409, 503),
+    )
     async def rollback(revision: Annotated[int, Path(ge=0)], request: Request) -> Response:
         return _reply(await steering.back(revision, actor_of(request)))
 
-    @router.get("/upstreams", summary="Each upstream, as each worker sees it")
+    @router.get("/upstreams", summary="Each upstream, as each worker sees it", responses=answers(list[UpstreamView]))
     async def upstreams() -> Response:
         settings = steering.current()
         views = await asyncio.to_thread(read_views, settings.data_dir)
         return _reply(
             [
-                {
-                    "name": _name_of(upstream),
-                    "url": show_value(upstream.url),
-                    "weight": upstream.weight,
-                    "drain": upstream.drain,
-                    "in_flight": sum(each.in_flight for view in views for each in view.upstreams
-                                     if each.name == _name_of(upstream)),
-                    "workers": [
-                        {"pid": view.pid, "view": each}
-                        for view in views for each in view.upstreams if each.name == _name_of(upstream)
-                    ],
-                }
+                UpstreamView(
+                    _name_of(upstream), show_value(upstream.url), upstream.weight, upstream.drain,
+                    sum(each.view.in_flight for each in seen), seen,
+                )
                 for upstream in settings.upstreams
+                for seen in [_seen(views, _name_of(upstream))]
             ]
         )  # fmt: skip
 
@@ -276,19 +323,23 @@ def config_router(steering: Steering, actor_of: Callable[[Request], str]) -> API
                 return place
         raise HTTPException(404, f"no upstream is named '{name}'")
 
-    @router.post("/upstreams", summary="Add an upstream")
+    @router.post("/upstreams", summary="Add an upstream", responses=answers(Applied, 409, 503))
     async def add(new: NewUpstream, request: Request) -> Response:
         wanted = [as_given(each) for each in steering.current().upstreams]
         return await with_upstreams([*wanted, new.upstream], new.keep, "an upstream was added", request)
 
-    @router.patch("/upstreams/{name:path}", summary="Weight, drain, models")
+    @router.patch("/upstreams/{name:path}", summary="Weight, drain, models", responses=answers(Applied, 404, 409, 503))
     async def alter(name: str, changed: UpstreamChange, request: Request) -> Response:
         place = place_of(name)
         wanted = [as_given(each) for each in steering.current().upstreams]
         wanted[place] |= changed.model_dump(exclude_none=True, exclude={"keep"})
         return await with_upstreams(wanted, changed.keep, f"upstream {name} was changed", request)
 
-    @router.delete("/upstreams/{name:path}", summary="Remove an upstream; what it has in flight goes on")
+    @router.delete(
+        "/upstreams/{name:path}",
+        summary="Remove an upstream; what it has in flight goes on",
+        responses=answers(Applied, 404, 409, 503),
+    )
     async def remove(name: str, request: Request, keep: Annotated[bool, Query()] = False) -> Response:
         place = place_of(name)
         wanted = [as_given(each) for each in steering.current().upstreams]

@@ -28,6 +28,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from proxy.audit import append_audit
+from proxy.control_schema import answers, takes
 from proxy.errors import GatewayError, error_body
 from proxy.fault_lease import end_lease
 from proxy.injection import MAX_PLAN_BYTES, Plan, State, Status, Task, check_plan, injector_pid, new_run_id
@@ -183,9 +184,14 @@ class Injections:
 
 def injection_router(injections: Injections) -> APIRouter:
     """The routes."""
-    router = APIRouter()
+    router = APIRouter(tags=["injection"])
 
-    @router.post("/api/v1/injections")
+    @router.post(
+        "/api/v1/injections",
+        status_code=201,
+        responses=answers(Status, 409, 413, 415, 500, status=201),
+        openapi_extra=takes(Plan),
+    )
     async def start(request: Request) -> Response:
         """Start a burst or faults on the running gateway."""
         try:
@@ -194,12 +200,12 @@ def injection_router(injections: Injections) -> APIRouter:
         except GatewayError as error:
             return _refusal(error)
 
-    @router.get("/api/v1/injections")
+    @router.get("/api/v1/injections", responses=answers(list[Status]))
     def all_of_them() -> Response:
         """The injections of this control plane, the newest first."""
         return _as_json(injections.all())
 
-    @router.get("/api/v1/injections/{run_id}")
+    @router.get("/api/v1/injections/{run_id}", responses=answers(Status, 404))
     def one(run_id: str) -> Response:
         """How an injection stands."""
         try:
@@ -207,7 +213,7 @@ def injection_router(injections: Injections) -> APIRouter:
         except GatewayError as error:
             return _refusal(error)
 
-    @router.delete("/api/v1/injections")
+    @router.delete("/api/v1/injections", responses=answers(Status, 404))
     def stop_any(request: Request) -> Response:
         """The kill switch: stop whatever is being injected."""
         try:
@@ -215,7 +221,7 @@ def injection_router(injections: Injections) -> APIRouter:
         except GatewayError as error:
             return _refusal(error)
 
-    @router.delete("/api/v1/injections/{run_id}")
+    @router.delete("/api/v1/injections/{run_id}", responses=answers(Status, 404))
     def stop(run_id: str, request: Request) -> Response:
         """Stop an injection."""
         try:

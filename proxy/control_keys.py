@@ -12,6 +12,7 @@ import msgspec
 import sqlalchemy as sa
 from fastapi import APIRouter, Request, Response
 
+from proxy.control_schema import answers
 from proxy.errors import GatewayError, error_body
 from proxy.keeper import KeyKeeper
 from proxy.request_head import LOG_TYPES
@@ -41,7 +42,9 @@ class Rotation:
     grace_s: float = 86_400.0
 
 
-class _Made(msgspec.Struct, frozen=True):
+class MadeKey(msgspec.Struct, frozen=True):
+    """A key, and its token, which nobody will see again."""
+
     key: ApiKey
     token: str
 
@@ -76,17 +79,17 @@ def keys_router(keeper: KeyKeeper) -> APIRouter:
             return Response(msgspec.json.encode(value), status, media_type="application/json")
         return Response(error_body(problem), problem.status, media_type="application/json")
 
-    @router.get("/whoami")
+    @router.get("/whoami", responses=answers(dict[str, str]))
     async def whoami(request: Request) -> dict[str, str]:
         """Who is asking: the token's name and its role."""
         return {"name": request.scope["burstgate.user"], "role": request.scope["burstgate.role"]}
 
-    @router.get("/keys")
+    @router.get("/keys", responses=answers(list[ApiKey], 503))
     async def listed() -> Response:
         """Every key, the newest first."""
         return await done(lambda: list_keys(engine_of_keys(), time.time()))
 
-    @router.post("/keys", status_code=201)
+    @router.post("/keys", status_code=201, responses=answers(MadeKey, 409, 503, status=201))
     async def create(wanted: NewKey) -> Response:
         """Make a key."""
         now_s = time.time()
@@ -94,18 +97,18 @@ def keys_router(keeper: KeyKeeper) -> APIRouter:
         limits = KeyLimits(wanted.requests_per_s, wanted.tokens_per_s, wanted.concurrency)
         log_type = None if wanted.log_type is None else LOG_TYPES[wanted.log_type]
         key = KeyWanted(wanted.name, wanted.tenant, expires_at, limits, log_type, wanted.role)
-        return await done(lambda: _Made(*create_key(engine_of_keys(), key, keeper.secret, now_s)), 201)
+        return await done(lambda: MadeKey(*create_key(engine_of_keys(), key, keeper.secret, now_s)), 201)
 
-    @router.post("/keys/{key_id}/rotate", status_code=201)
+    @router.post("/keys/{key_id}/rotate", status_code=201, responses=answers(MadeKey, 409, 503, status=201))
     async def rotate(key_id: str, rotation: Rotation) -> Response:
         """Make a key's successor; the old one ends after the grace period."""
         grace_s = rotation.grace_s
         return await done(
-            lambda: _Made(*rotate_key(engine_of_keys(), key_id, keeper.secret, grace_s=grace_s, now_s=time.time())),
+            lambda: MadeKey(*rotate_key(engine_of_keys(), key_id, keeper.secret, grace_s=grace_s, now_s=time.time())),
             201,
         )
 
-    @router.delete("/keys/{key_id}")
+    @router.delete("/keys/{key_id}", responses=answers(ApiKey, 409, 503))
     async def revoke(key_id: str) -> Response:
         """End a key now."""
         return await done(lambda: revoke_key(engine_of_keys(), key_id, time.time()))

@@ -20,16 +20,18 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Depends, HTTPException, Query, Response
 from fastapi.responses import StreamingResponse
 
+from proxy.control_schema import answers
 from proxy.settings import Settings
 from storage.engine import open_engine
 from storage.errors import DatabaseUnavailable, SchemaError
 from storage.export import export
 from storage.history import quantile_s, read_history
 from storage.query import Filter, newest, read_batches
-from traces.analysis import Options, analyze_failures
+from traces.analysis import Options, Source, analyze_failures
 from traces.codec import FORMATS, TraceClock
-from traces.record import LogType, Origin, Outcome
-from traces.summary import summarize
+from traces.failures import FailureReport
+from traces.record import LogType, Origin, Outcome, TraceRecord
+from traces.summary import Summary, summarize
 
 MAX_PAGE = 1000
 MAX_ANALYZED_ROWS = 2_000_000
@@ -102,6 +104,12 @@ def _stretch(start: float | None, end: float | None) -> tuple[float, float]:
     return first, last
 
 
+RequestView: Any = msgspec.defstruct(
+    "RequestView", [(each.name, each.type) for each in msgspec.structs.fields(TraceRecord)], frozen=True
+)
+"""A record by the names of its fields: TraceRecord itself is written as an array."""
+
+
 class Point(msgspec.Struct, frozen=True):
     """One step of a history."""
 
@@ -141,6 +149,13 @@ class HistoryView(msgspec.Struct, frozen=True):
     """Those with requests, by time."""
     models: tuple[Total, ...]
     upstreams: tuple[Total, ...]
+
+
+class FailuresView(msgspec.Struct, frozen=True):
+    """Where requests fail, and of which trace."""
+
+    source: Source
+    failures: FailureReport
 
 
 def history_view(
@@ -195,7 +210,11 @@ def traces_router(reader: Reader) -> APIRouter:
                 )
             yield batch
 
-    @router.get("/requests", summary="Requests, newest first; go on with `before` and `before_id` of the last one")
+    @router.get(
+        "/requests",
+        summary="Requests, newest first; go on with `before` and `before_id` of the last one",
+        responses=answers(list[RequestView], 503),
+    )
     def requests(
         selection: Selected,
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
@@ -206,7 +225,7 @@ def traces_router(reader: Reader) -> APIRouter:
         with reader.engine() as engine:
             return _reply(newest(engine, selection, limit, failures=failures, before=before, before_id=before_id))
 
-    @router.get("/requests/{request_id}", summary="One request, whole")
+    @router.get("/requests/{request_id}", summary="One request, whole", responses=answers(RequestView, 404, 503))
     def request(request_id: str) -> Response:
         with reader.engine() as engine:
             found = newest(engine, Filter(), 1, request_id=request_id)
@@ -214,7 +233,9 @@ def traces_router(reader: Reader) -> APIRouter:
             raise HTTPException(404, f"no request '{request_id}' in the database")
         return _reply(found[0])
 
-    @router.get("/history", summary="Requests, failures, tokens and latencies over time")
+    @router.get(
+        "/history", summary="Requests, failures, tokens and latencies over time", responses=answers(HistoryView, 503)
+    )
     def history(
         start: Annotated[float | None, Query(alias="from", description="default: an hour before `to`")] = None,
         end: Annotated[float | None, Query(alias="to", description="default: now")] = None,
@@ -227,20 +248,31 @@ def traces_router(reader: Reader) -> APIRouter:
         with reader.engine() as engine:
             return _reply(history_view(engine, first, last, points, origins, tuple(model or ())))
 
-    @router.get("/stats", summary="Requests, rates, tokens and failures, as `burstgate stats`")
+    @router.get(
+        "/stats",
+        summary="Requests, rates, tokens and failures, as `burstgate stats`",
+        responses=answers(Summary, 413, 503),
+    )
     def stats(selection: Selected) -> Response:
         with reader.engine() as engine:
             return _reply(summarize(bounded(engine, selection)))
 
-    @router.get("/failures", summary="Where requests fail, as `burstgate failures`")
+    @router.get(
+        "/failures", summary="Where requests fail, as `burstgate failures`", responses=answers(FailuresView, 413, 503)
+    )
     def failures(
         selection: Selected, availability: Annotated[float, Query(gt=0, lt=1, description="objective")] = 0.999
     ) -> Response:
         with reader.engine() as engine:
             source, report = analyze_failures(bounded(engine, selection), Options(slo=availability))
-        return _reply({"source": source, "failures": report})
+        return _reply(FailuresView(source, report))
 
-    @router.get("/export", summary="A trace as a download", response_class=StreamingResponse)
+    @router.get(
+        "/export",
+        summary="A trace as a download",
+        response_class=StreamingResponse,
+        responses=answers(str, 503, media="application/octet-stream"),
+    )
     async def download(
         selection: Selected,
         format: Annotated[str, Query(description=", ".join(FORMATS))] = "burstgpt",

@@ -40,7 +40,7 @@ from proxy.upstream import Fleet, Selection, Upstream
 from proxy.watch import Timers, Watch
 from storage.entries import Begun
 from storage.journal import JournalWriter, NotRecording, Unrecorded
-from storage.key_file import CachedKey
+from storage.key_file import NO_LIMITS, CachedKey
 from traces.record import LogType, Origin, Outcome, TokenSource, TraceRecord
 from wire import latency
 from wire.accounting import Account, Accounted, NoAccount, StreamAccount, UnaryAccount
@@ -142,6 +142,8 @@ class Gateway:
         self.shaping = Shaper(settings, lambda: self.metrics)
         self.shaper: Shaper | None = None
         """The same where there is something to shape; else requests are not asked about."""
+        self.shapes_all = False
+        """There is more to it than the limits of keys."""
         self._use(settings)
         self._use_mirror(settings)
 
@@ -165,8 +167,13 @@ class Gateway:
         self.keeps_prefixes = settings.record.prefix_blocks
         self.retry_statuses = frozenset(settings.retry.statuses)
         self.watch.timers = Timers.of(settings.timeouts)
-        self.shaper = self.shaping if settings.shaping.is_on else None
+        self.shapes_all = settings.shaping.is_on
         self.tenant_header = settings.shaping.tenant_header.encode() if settings.shaping.tenant_header else b""
+        self.is_tls = settings.tls.cert_file is not None
+        routes = settings.routes
+        rules = RouteRules(deny_management=routes.deny_management, allow=routes.allow, deny=routes.deny)
+        self.refuses = functools.lru_cache(maxsize=1024)(rules.refuses)
+        self.take_keys(self._keys)
 
     def _trace(self, settings: Settings) -> None:
         """Give requests spans, or others, or none any more. Raises ConfigError; then nothing has changed."""
@@ -197,16 +204,13 @@ class Gateway:
         elif settings.mirror.targets:
             self.any_mirror = Mirror(self, settings, uuid7)
         self.mirror = self.any_mirror if settings.mirror.targets else None
-        self.is_tls = settings.tls.cert_file is not None
-        routes = settings.routes
-        rules = RouteRules(deny_management=routes.deny_management, allow=routes.allow, deny=routes.deny)
-        self.refuses = functools.lru_cache(maxsize=1024)(rules.refuses)
-        self.take_keys(self._keys)
 
     def take_keys(self, keys: Sequence[CachedKey] | None) -> None:
         """Other keys are valid from now on."""
         self._keys = keys
         self.access = access_of(keys, self._key_secret, required=self.settings.keys.required)
+        self.shaping.take_keys(keys or ())
+        self.shaper = self.shaping if self.shapes_all or self.shaping.has_limited_keys else None
 
     def apply(self, settings: Settings) -> None:
         """Take over a reloaded configuration; requests that run keep what they have been told."""
@@ -610,7 +614,9 @@ class Request(Incoming):
 
     def _may_go(self, shaper: Shaper) -> bool:
         """Ask the shaper. False when it holds the request, or has refused it."""
-        if self.method in _UNSHAPED:
+        granted = self.granted
+        key_id = granted.key_id if granted is not None and granted.limits != NO_LIMITS else None
+        if self.method in _UNSHAPED or (key_id is None and not self.gateway.shapes_all):
             return True
         try:
             facts = self.facts
@@ -623,6 +629,7 @@ class Request(Incoming):
                 session=self.session,
                 log_type=self.log_type,
                 origin=self.head.origin,
+                key_id=key_id,
                 owner=self,
             )
             may_go = shaper.enter(ticket)

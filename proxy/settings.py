@@ -401,8 +401,8 @@ class ShapingSettings(_Frozen):
     def _differ(cls, value: tuple[RuleSettings, ...]) -> tuple[RuleSettings, ...]:
         names = [rule.name for rule in value]
         for name in names:
-            if names.count(name) > 1 or name == "pacing":
-                raise ValueError(f"each rule needs a name of its own, other than 'pacing'; '{name}' is not")
+            if names.count(name) > 1 or name in ("pacing", "key"):
+                raise ValueError(f"each rule needs a name of its own, other than 'pacing' and 'key'; '{name}' is not")
         return value
 
     @field_validator("tenant_header")

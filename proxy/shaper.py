@@ -12,15 +12,16 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from proxy.pacing import Gaps, Pacer, cv_of, gamma_gaps, pattern_gaps
 from proxy.settings import PacingSettings, Settings
-from proxy.shaping import NEVER_NS, Shaping, Ticket
+from proxy.shaping import KEY_RULE, NEVER_NS, Shaping, Ticket
 from proxy.shaping_view import PacingView, RuleView, ShapingView
 from proxy.shared_limits import SharedLimits, SharedLimitsGone, Wanted
+from storage.key_file import NO_LIMITS, CachedKey, KeyLimits
 
 if TYPE_CHECKING:
     from proxy.telemetry import WorkerMetrics
@@ -59,6 +60,8 @@ class Shaper:
         self._is_down = False
         self._pacer: Pacer[Ticket] | None = None
         self._core = Shaping(())
+        self._limits: dict[str, KeyLimits] = {}
+        """Of keys that have some, by key id."""
         self._apply(settings)
 
     # Settings ---------------------------------------------------------------------------------------------------------
@@ -68,6 +71,19 @@ class Shaper:
         old, self._settings = self._settings.shaping, settings
         self._apply(settings, old.pacing if old.backend == settings.shaping.backend else None, old.backend)
         self._turn()
+
+    def take_keys(self, keys: Sequence[CachedKey]) -> None:
+        """Other keys are valid; whoever waits goes on waiting, under their limits."""
+        limits = {key.key_id: key.limits for key in keys if key.limits != NO_LIMITS}
+        if limits != self._limits:
+            self._limits = limits
+            self._configure()
+            self._turn()
+
+    @property
+    def has_limited_keys(self) -> bool:
+        """Some key has limits of its own."""
+        return bool(self._limits)
 
     def _apply(self, settings: Settings, old: PacingSettings | None = None, old_backend: str | None = None) -> None:
         shaping = settings.shaping
@@ -85,6 +101,7 @@ class Shaper:
         shaping = self._settings.shaping
         self._core.configure(
             shaping.rules,
+            keys=self._limits,
             ageing_s=shaping.ageing_s,
             shares=self._settings.workers * shaping.hosts,
             is_leased=self._shared is not None and not self._is_down,
@@ -329,10 +346,18 @@ class Shaper:
     def view(self) -> ShapingView:
         """What is counted by rule."""
         rules = []
+        keys = RuleView(KEY_RULE, 0, 0, 0, None)
         for rule in self._core.rules:
             limits = [bucket.limit for bucket in rule.buckets.values() if bucket.gradient is not None]
             lowest = min((limit for limit in limits if limit is not None), default=None)
-            rules.append(RuleView(rule.settings.name, rule.held, rule.rejected, rule.waiting, lowest))
+            if rule.settings.name == KEY_RULE:  # in one row, however many keys there are
+                keys = RuleView(
+                    KEY_RULE, keys.held + rule.held, keys.rejected + rule.rejected, keys.waiting + rule.waiting, None
+                )
+            else:
+                rules.append(RuleView(rule.settings.name, rule.held, rule.rejected, rule.waiting, lowest))
+        if self._limits:
+            rules.append(keys)
         pacer = self._pacer
         pacing = None
         if pacer is not None:

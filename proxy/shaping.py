@@ -1,7 +1,8 @@
 """Who may go on to an upstream now, who waits, and who is refused: limits, queues and their order. Pure.
 
 Rules. A request has to pass every rule that matches it; of the rules of one `group` only the first that matches counts.
-A rule's limits hold for each class of it: the value of `per` (a tenant, a model, ...), or the one class of all.
+A rule's limits hold for each class of it: the value of `per` (a tenant, a model, ...), or the one class of all. A key
+with limits of its own is the one class of a rule named `key`, which stands behind the rules `per: session`.
 
     bucket      one class of one rule: its rates (GCRA), its concurrency, its queue
     passing     a request passes its buckets from the narrowest to the broadest. Where one has no room or others wait,
@@ -47,6 +48,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from proxy.settings import RuleSettings
+from storage.key_file import KeyLimits
 from traces.record import LogType, Origin
 
 NEVER_NS: Final = 1 << 63
@@ -65,6 +67,8 @@ LEASE_S: Final = 0.05
 WINDOW_NS: Final = 1_000_000_000
 ADAPTIVE_START: Final = 20.0
 ADAPTIVE_RANGE: Final = (4.0, 1000.0)
+KEY_RULE: Final = "key"
+"""The name of every key's own rule."""
 _RANK = {"session": 3, "tenant": 2, "model": 1, "log_type": 1, "none": 0}
 """How narrow a rule's classes are."""
 
@@ -199,9 +203,9 @@ class Gradient:
 class Ticket:
     """One request on its way through the rules."""
 
-    __slots__ = ("arrived_ns", "buckets", "deadline_ns", "held_by", "is_over", "is_through", "left_ns", "log_type",
-                 "model", "origin", "owner", "place", "priority", "refusal", "retry_after_s", "seq", "session", "stage",
-                 "tenant", "tokens")  # fmt: skip
+    __slots__ = ("arrived_ns", "buckets", "deadline_ns", "held_by", "is_over", "is_through", "key_id", "left_ns",
+                 "log_type", "model", "origin", "owner", "place", "priority", "refusal", "retry_after_s", "seq",
+                 "session", "stage", "tenant", "tokens")  # fmt: skip
 
     def __init__(
         self,
@@ -213,6 +217,7 @@ class Ticket:
         session: str | None = None,
         log_type: LogType = LogType.API,
         origin: Origin = Origin.CLIENT,
+        key_id: str | None = None,
         owner: Any = None,
     ) -> None:
         self.owner = owner
@@ -224,6 +229,7 @@ class Ticket:
         self.session = session
         self.log_type = log_type
         self.origin = origin
+        self.key_id = key_id
         self.arrived_ns = arrived_ns
         self.left_ns = 0
         """When it was admitted or refused, or gave up; 0 before."""
@@ -514,15 +520,25 @@ class _Route:
 
     rules: tuple[Rule, ...]
     priority: int
+    sessions: int
+    """How many of them are for sessions, of which a key has many."""
 
 
 class Shaping:
     """All rules and all who wait."""
 
     def __init__(
-        self, rules: Sequence[RuleSettings], *, ageing_s: float = 10.0, shares: int = 1, is_leased: bool = False
+        self,
+        rules: Sequence[RuleSettings],
+        *,
+        keys: Mapping[str, KeyLimits] | None = None,
+        ageing_s: float = 10.0,
+        shares: int = 1,
+        is_leased: bool = False,
     ) -> None:
         self._rules: dict[str, Rule] = {}
+        self._keys: dict[str, Rule] = {}
+        """The rules of keys with limits, by key id."""
         self._routes: dict[tuple[str | None, str | None, LogType, Origin], _Route] = {}
         self._numbers = 0
         self._deadlines: list[tuple[int, int, Ticket]] = []
@@ -532,13 +548,23 @@ class Shaping:
         self.waiting = 0
         self.leases: dict[str, tuple[Rate, float]] = {}
         """Rates of which more is wanted than was leased, and how much those who wait need; by their keys."""
-        self.configure(rules, ageing_s=ageing_s, shares=shares, is_leased=is_leased, now_ns=0)
+        self.configure(rules, keys=keys, ageing_s=ageing_s, shares=shares, is_leased=is_leased, now_ns=0)
 
     def configure(
-        self, rules: Sequence[RuleSettings], *, ageing_s: float, shares: int, is_leased: bool, now_ns: int
+        self,
+        rules: Sequence[RuleSettings],
+        *,
+        keys: Mapping[str, KeyLimits] | None = None,
+        ageing_s: float,
+        shares: int,
+        is_leased: bool,
+        now_ns: int,
     ) -> None:
-        """Other rules. Those of a known name keep what they have counted; all who wait stay, under the new rules."""
-        waiting = [ticket for rule in self._rules.values() for bucket in rule.buckets.values()
+        """Other rules. Those of a known name keep what they have counted; all who wait stay, under the new rules.
+
+        keys: the limits of keys that have some, by key id.
+        """
+        waiting = [ticket for rule in self.rules for bucket in rule.buckets.values()
                    for ticket in bucket.queue.tickets()]  # fmt: skip
         for ticket in waiting:
             self._unqueue(ticket)
@@ -554,6 +580,12 @@ class Shaping:
                 rule.buckets = {}
             for bucket in rule.buckets.values() if has_other_turns else ():
                 bucket.queue = Queue(each.fair_by)
+        known = self._keys
+        self._keys = {}
+        for key_id, limits in (keys or {}).items():
+            own = _key_settings(limits)
+            self._keys[key_id] = rule = known.get(key_id) or Rule(own)
+            rule.configure(own, shares, is_leased=is_leased)
         self._ageing_ns = int(ageing_s * 1e9)
         self.is_leased = is_leased
         self._routes.clear()
@@ -561,7 +593,7 @@ class Shaping:
         self._dirty.clear()
         self._deadlines.clear()
         self.leases.clear()
-        for rule in self._rules.values():
+        for rule in self.rules:
             for bucket in rule.buckets.values():
                 bucket.wake_ns = NEVER_NS
         for ticket in sorted(waiting, key=lambda each: each.seq):
@@ -572,8 +604,8 @@ class Shaping:
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        """In the order of the settings."""
-        return tuple(self._rules.values())
+        """In the order of the settings, and behind them those of keys."""
+        return (*self._rules.values(), *self._keys.values())
 
     # One request ------------------------------------------------------------------------------------------------------
 
@@ -612,6 +644,10 @@ class Shaping:
                     name = _short(ticket.log_type)
             buckets.append(rule.buckets.get(name) or rule.bucket(name, since_ns))
             wait_s = min(wait_s, settings.max_wait_s)
+        own = self._keys.get(ticket.key_id) if ticket.key_id is not None else None
+        if own is not None:
+            buckets.insert(route.sessions, own.bucket(ticket.key_id, since_ns))
+            wait_s = min(wait_s, own.settings.max_wait_s)
         ticket.buckets = tuple(buckets)
         ticket.priority = route.priority
         ticket.stage = 0
@@ -635,7 +671,7 @@ class Shaping:
         priority = next((each.settings.priority for each in rules if each.settings.priority is not None), 0)
         limits = [rule for rule in rules if _limits(rule.settings)]
         limits.sort(key=lambda rule: (-_RANK[rule.settings.per], -len(rule.patterns)))
-        return _Route(tuple(limits), priority)
+        return _Route(tuple(limits), priority, sum(rule.settings.per == "session" for rule in limits))
 
     def _pass(self, ticket: Ticket, now_ns: int, *, may_refuse: bool) -> bool:
         """On through its buckets as far as there is room. True when it is through."""
@@ -696,7 +732,8 @@ class Shaping:
         ticket.left_ns = now_ns
         ticket.is_over = True
         ticket.retry_after_s = bucket.wait_s(ticket.tokens, now_ns)
-        place = f"rule '{rule.settings.name}'" + (f", {rule.settings.per} '{bucket.name}'" if bucket.name else "")
+        kind = "id" if rule.settings.name == KEY_RULE else rule.settings.per
+        place = f"rule '{rule.settings.name}'" + (f", {kind} '{bucket.name}'" if bucket.name else "")
         ticket.refusal = f"over the limits of shaping {place}: {why}; try again in {ticket.retry_after_s} s"
 
     def leave(self, ticket: Ticket, now_ns: int) -> None:
@@ -783,7 +820,7 @@ class Shaping:
 
     def touch_all(self) -> None:
         """Limits may have changed: look at every queue."""
-        for rule in self._rules.values():
+        for rule in self.rules:
             for bucket in rule.buckets.values():
                 if bucket.queue.size:
                     self._touch(bucket)
@@ -836,6 +873,16 @@ class Shaping:
 def _limits(settings: RuleSettings) -> bool:
     limits = (settings.requests_per_s, settings.tokens_per_s, settings.concurrency)
     return any(limit is not None for limit in limits)
+
+
+def _key_settings(limits: KeyLimits) -> RuleSettings:
+    """A key's limits as a rule; beyond what a rule takes, as much as it does."""
+    return RuleSettings(
+        name=KEY_RULE,
+        requests_per_s=None if limits.requests_per_s is None else min(max(limits.requests_per_s, 1e-9), 1e6),
+        tokens_per_s=None if limits.tokens_per_s is None else min(max(limits.tokens_per_s, 1e-9), 1e9),
+        concurrency=None if limits.concurrency is None else min(max(limits.concurrency, 1), 10**6),
+    )
 
 
 def _short(log_type: LogType) -> str:

@@ -43,6 +43,9 @@ DatabaseUrl = Annotated[
     str | None, typer.Option("--database-url", help="sqlite:///FILE or postgresql://USER@HOST/NAME.")
 ]
 Upstreams = Annotated[list[str] | None, typer.Option("--upstream", help="Base URL of a vLLM server; repeatable.")]
+ControlUrl = Annotated[
+    str | None, typer.Option("--control", help="Base URL of the control plane.  [default: by the settings]")
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 Models = Annotated[list[str] | None, typer.Option("--model", help="Only this model; repeatable.")]
 Sessions = Annotated[list[str] | None, typer.Option("--session", help="Only this session; repeatable.")]
@@ -75,6 +78,16 @@ def load_config(config: Path | None, **flags: Any) -> Loaded:
     from proxy.settings import load_settings
 
     return load_settings(config=config, flags=flags)
+
+
+def control_url(control: str | None, config: Path | None) -> str:
+    """The control plane's base URL: a flag's, else where the configured one listens. Raises ConfigError."""
+    if control is not None:
+        return control
+    settings = load_config(config).settings
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.control_host, settings.control_host)
+    scheme = "http" if settings.tls.control_cert_file is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.control_port}"
 
 
 def load_steered(config: Path | None, **flags: Any) -> Loaded:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from proxy.commands.common import Config, Json, app, fail, load_config
+from proxy.commands.common import Config, ControlUrl, Json, app, control_url, fail
 from proxy.config_error import ConfigError
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ def inject(
     run_id: Annotated[str | None, typer.Option(help="Of its requests' records.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show progress until it ends; Ctrl-C stops it.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="Stop the injection that runs.")] = False,
-    control: Annotated[
-        str | None, typer.Option(help="Base URL of the control plane.  [default: by the settings]")
-    ] = None,
+    control: ControlUrl = None,
     json: Json = False,
     config: Config = None,
 ) -> None:
@@ -74,7 +72,7 @@ def inject(
             asked = _asked(plan, given)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-    with httpx.Client(base_url=_control_url(control, config), headers={"x-burstgate-actor": _whoami()}) as client:
+    with httpx.Client(base_url=control_url(control, config), headers={"x-burstgate-actor": _whoami()}) as client:
         try:
             if stop:
                 status = _ask(client, "DELETE", "/api/v1/injections")
@@ -107,14 +105,6 @@ def _asked(path: Path | None, given: dict[str, Any]) -> Plan:
         name: str(((Path() if name in given else folder) / file).absolute()) for name, file in plan.files()
     }  # the control plane works elsewhere
     return msgspec.structs.replace(plan, **own)
-
-
-def _control_url(control: str | None, config: Path | None) -> str:
-    if control is not None:
-        return control
-    settings = load_config(config).settings
-    host = f"[{settings.control_host}]" if ":" in settings.control_host else settings.control_host
-    return f"http://{host}:{settings.control_port}"
 
 
 def _whoami() -> str:

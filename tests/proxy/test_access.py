@@ -298,6 +298,16 @@ async def test_a_revoked_key_stops_and_a_new_one_begins(tmp_path: Path) -> None:
 
 
 @in_loop
+async def test_a_reload_that_requires_keys_does_so_at_once(tmp_path: Path) -> None:
+    async with Upstream(plain(chat_answer())) as upstream, running(tmp_path, upstream.url) as bench:
+        assert (await bench.serve(Client(chat_body("a")))).status == 200
+        settings = bench.gateway.settings
+        for required, status in ((True, 401), (False, 200)):
+            bench.gateway.apply(settings.model_copy(update={"keys": KeySettings(required=required)}))
+            assert (await bench.serve(Client(chat_body("a")))).status == status
+
+
+@in_loop
 async def test_a_foreign_credential_passes_where_no_key_is_required(tmp_path: Path) -> None:
     write_key_file(key_file(tmp_path), KEYS)
     async with Upstream(plain(chat_answer())) as upstream, running(tmp_path, upstream.url) as bench:

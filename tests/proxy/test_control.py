@@ -92,9 +92,10 @@ def installation(tmp_path: Path) -> Iterator[Installation]:
 
 
 @contextlib.contextmanager
-def serving(settings: Settings) -> Iterator[httpx.Client]:
+def serving(settings: Settings, port: int = 0) -> Iterator[httpx.Client]:
     with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
         server = uvicorn.Server(uvicorn.Config(build_control(settings), log_config=None, access_log=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()

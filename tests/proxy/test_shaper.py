@@ -17,12 +17,13 @@ import msgspec
 import pytest
 
 from proxy.pacing import cv_of
-from proxy.settings import PacingSettings, RuleSettings, Settings, ShapingSettings
+from proxy.settings import KeySettings, PacingSettings, RuleSettings, Settings, ShapingSettings
 from proxy.shaper import Shaper, read_pattern
 from proxy.shaping import Ticket
 from proxy.telemetry import WORKER_COUNTERS, ShapingMetrics, WorkerMetrics
 from storage.counters import slot_count
 from storage.journal import JOURNAL_COUNTERS
+from storage.key_file import CachedKey, KeyLimits, key_file, key_hash, write_key_file
 from tests.proxy.harness import (
     JSON,
     Bench,
@@ -204,6 +205,31 @@ async def test_a_stop_ends_those_who_are_held_with_a_record(tmp_path: Path) -> N
         await asyncio.gather(*tasks)
         records = bench.records()
     assert [each.outcome for each in records] == [Outcome.GATEWAY_CRASH] * 2
+
+
+@in_loop
+async def test_a_keys_limits_hold_without_any_rule(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s" * 32)
+    keys = [CachedKey(f"key_{name}", name, key_hash(b"s" * 32, b"bg-" + name.encode()), tenant="t",
+                      limits=KeyLimits(concurrency=1) if name == "few" else KeyLimits())
+            for name in ("few", "many")]  # fmt: skip
+    write_key_file(key_file(tmp_path), keys)
+
+    def ask(name: str) -> Client:
+        return Client(BODY, headers=[JSON, (b"Authorization", b"Bearer bg-" + name.encode())])
+
+    gate = Gate()
+    settings = KeySettings(secret_file=tmp_path / "secret")
+    async with Upstream(gate) as upstream, shaping(tmp_path, upstream.url, keys=settings) as bench:
+        tasks = [bench.start(ask(name)) for name in ("few", "many", "few", "many")]
+        await until(lambda: gate.waiting == 3 and bench.counter("shaping_waiting") == 1, "one of few's is held")
+        gate.open()
+        assert {each.status for each in await asyncio.gather(*tasks)} == {200}
+        rows = [(each.shaping_rule, each.shaping_class, (each.queue_s or 0) > 0) for each in bench.records()]
+        assert sorted(rows, key=str) == [("key", "key_few", True), *[(None, None, False)] * 3]
+        assert [(each.name, each.held) for each in bench.gateway.shaping.view().rules] == [("key", 1)]
+        bench.gateway.take_keys([msgspec.structs.replace(key, limits=KeyLimits()) for key in keys])
+        assert bench.gateway.shaper is None  # nobody is asked any more
 
 
 @in_loop

@@ -23,6 +23,7 @@ from proxy.shaping import (
     Shaping,
     Ticket,
 )
+from storage.key_file import KeyLimits
 from traces.record import LogType, Origin
 
 S = 1_000_000_000
@@ -392,6 +393,57 @@ def test_classes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         busy.come(session=str(number))
     assert len(busy.shaping.rules[0].buckets) <= 4
     assert OTHERS in busy.shaping.rules[0].buckets
+
+
+# Keys -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limits", "through"),
+    [
+        (KeyLimits(concurrency=2), 2),
+        (KeyLimits(requests_per_s=3), 3),
+        (KeyLimits(tokens_per_s=40), 4),  # of ten each
+        (KeyLimits(requests_per_s=5, concurrency=1), 1),
+        (KeyLimits(requests_per_s=1e12), 9),  # more than a rule takes is as much as it takes
+    ],
+)
+def test_a_keys_own_limits_hold_for_it_alone(limits: KeyLimits, through: int) -> None:
+    run = Run(Shaping((), keys={"key_a": limits}), S)
+    assert sum(run.come(10, key_id="key_a").is_through for _ in range(9)) == through
+    assert all(run.come(10, key_id=other).is_through for other in ("key_b", None) for _ in range(9))
+
+
+def test_a_keys_refusal_names_it() -> None:
+    run = Run(Shaping((), keys={"key_a": KeyLimits(requests_per_s=0.1)}), S)
+    come = [run.come(key_id="key_a") for _ in range(1002)]
+    assert [come[0].is_through, come[1].refusal] == [True, None]
+    assert str(come[1001].refusal).startswith("over the limits of shaping rule 'key', id 'key_a': 1000 requests wait")
+    assert come[1001].held_by is not None
+    assert (come[1001].held_by.rule.settings.name, come[1001].held_by.name) == ("key", "key_a")
+
+
+def test_a_key_stands_between_sessions_and_tenants() -> None:
+    rules = (rule("tenants", per="tenant", concurrency=9), rule("sessions", per="session", concurrency=9))
+    shaped = shaping(*rules, keys={"key_a": KeyLimits(concurrency=9)})
+    ticket = Run(shaped, S).come(key_id="key_a", session="s", tenant="t")
+    assert [bucket.rule.settings.name for bucket in ticket.buckets] == ["sessions", "key", "tenants"]
+
+
+def test_a_keys_limits_change_and_whoever_waits_stays() -> None:
+    run = Run(Shaping((), keys={"key_a": KeyLimits(concurrency=1)}), 100 * S)
+    come = [run.come(key_id="key_a") for _ in range(4)]
+    more = {"key_a": KeyLimits(concurrency=3)}
+    run.shaping.configure((), keys=more, ageing_s=1, shares=1, is_leased=False, now_ns=run.now_ns)
+    run.until(run.now_ns)
+    assert [each.is_through for each in come] == [True, True, True, False]
+    run.shaping.configure(
+        (), ageing_s=1, shares=1, is_leased=False, now_ns=run.now_ns
+    )  # it was revoked: what it has begun goes on
+    run.until(run.now_ns)
+    assert come[3].is_through
+    run.until(run.now_ns + 200 * S)
+    assert run.shaping.waiting == 0
 
 
 # Leases ---------------------------------------------------------------------------------------------------------------
