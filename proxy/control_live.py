@@ -49,7 +49,7 @@ BASELINE_S: Final = 3600
 BURST_FACTOR: Final = 2.0
 BURST_MIN_REQUESTS: Final = 20
 """In the window: fewer are no burst, whatever came before."""
-MIN_BASELINE_WINDOWS: Final = 6
+MIN_BASELINE_WINDOWS: Final = 3
 MAX_VIEWERS: Final = 64
 MAX_STREAM_S: Final = 300.0
 QUANTILES: Final = (0.5, 0.95, 0.99)

@@ -221,8 +221,8 @@ class Chart {
   }
 
   // traces: [{name, y, colour?, fill?}]; shapes: [{from, to}] marked stretches; x: Dates
-  show(x, traces, {marks = [], now = null, bars = false, range = null} = {}) {
-    this.last = [x, traces, {marks, now, bars, range}];
+  show(x, traces, {marks = [], now = null, bars = false, range = null, names = false} = {}) {
+    this.last = [x, traces, {marks, now, bars, range, names}];
     this.isStale = true;
     this.draw();
   }
@@ -230,7 +230,7 @@ class Chart {
   draw() {
     if (!this.isStale || !this.isNear || document.hidden || !this.last || typeof Plotly === "undefined") return;
     this.isStale = false;
-    const [x, traces, {marks, now, bars, range}] = this.last;
+    const [x, traces, {marks, now, bars, range, names}] = this.last;
     const drawn = traces.filter(trace => trace.y.some(value => !missing(value)));
     const isEmpty = !drawn.some(trace => trace.y.some(value => value));
     this.none.hidden = !isEmpty;
@@ -238,13 +238,13 @@ class Chart {
     this.plot.setAttribute("aria-label", isEmpty ? `${this.title}: ${this.none.textContent}`
       : `${this.title}${now ? `: now ${now}` : ""}, ${this.unit}`);
     const colours = traces.map((trace, index) => colour(trace.colour || `series-${index % 8 + 1}`));
-    const names = traces.map(trace => trace.name).join("\n") + colours.join();
-    if (this.names !== names) {
-      this.names = names;
-      this.keys.replaceChildren(...(traces.length > 1 || marks.length ? traces : []).map((trace, index) => {
+    const legend = traces.map(trace => trace.name).join("\n") + colours.join();
+    if (this.legend !== legend) {
+      this.legend = legend;
+      this.keys.replaceChildren(...(traces.length > 1 || names ? traces : []).map((trace, index) => {
         const line = el("i");
         line.style.borderColor = colours[index];
-        if (trace.dash) line.style.borderTopStyle = trace.dash === "dot" ? "dotted" : "dashed";
+        line.style.borderTopStyle = {dash: "dashed", dot: "dotted"}[trace.dash] || "solid";
         return el("span", {}, line, trace.name);
       }));
     }
@@ -253,10 +253,9 @@ class Chart {
     const data = traces.map((trace, index) => bars ? {
       type: "bar", name: trace.name, x, y: trace.y, marker: {color: colours[index], line: {width: 0}},
     } : {
-      type: "scatter", mode: "lines", name: trace.name, x, y: trace.y, connectgaps: false,
+      type: "scatter", mode: trace.y.filter(value => !missing(value)).length > 3 ? "lines" : "lines+markers", name: trace.name, x, y: trace.y, connectgaps: false,
       line: {color: colours[index], width: 1.6, dash: trace.dash || "solid", shape: trace.step ? "hv" : "linear"},
       ...(trace.fill ? {fill: "tozeroy", fillcolor: colours[index].replace("rgb(", "rgba(").replace(")", ", .12)")} : {}),
-      ...(trace.stack ? {stackgroup: "all", line: {color: colours[index], width: 0.8}} : {}),
     });
     const warn = colour("warn");
     Plotly.react(this.plot, data, {
@@ -394,7 +393,7 @@ const ruleColumns = [
 
 const live = {
   tiles: new Tiles($("live-tiles"), ["Arrivals", "In flight", "Tokens out", "Time to first token", "Time per token", "Failures",
-    "Journal", "Database", "Workers"]),
+    "Recording", "Workers"]),
   upstreams: new Table($("live-upstreams"), "Upstreams", upstreamColumns, "Waiting for the first second of the live stream."),
   models: new Table($("live-models"), "Models", modelColumns, "No model was asked for in the last 10 s."),
   rules: new Table($("live-rules"), "Shaping rules", ruleColumns,
@@ -434,16 +433,16 @@ function showLive() {
   const ttft = last.ttft_s || [], tpot = last.tpot_s || [];
   const backlog = now.records_in_journal;
   live.tiles.show([
-    [number(now.rate_rps), "requests/s", missing(now.baseline_rps) ? "usual: known after a minute of traffic"
+    [number(now.rate_rps), "requests/s", missing(now.baseline_rps) ? "usual: known after half a minute of traffic"
       : `usual ${number(now.baseline_rps)} requests/s`, last.is_burst ? "warn" : ""],
     [number(last.in_flight || 0), "requests", last.shaping_waiting ? `${number(last.shaping_waiting)} held by shaping` : ""],
     [number(last.response_tokens_per_s || 0), "tokens/s", `${number(last.request_tokens_per_s || 0)} tokens/s in`],
     [seconds(ttft[0]), "p50", ttft.length ? `p95 ${seconds(ttft[1])}, p99 ${seconds(ttft[2])}` : "no stream in the last 10 s"],
     [seconds(tpot[0]), "p50", tpot.length ? `p95 ${seconds(tpot[1])}, p99 ${seconds(tpot[2])}` : "no stream in the last 10 s"],
-    [percent(share), "of requests", failures ? `${number(failures)} requests/s` : "none in the last 10 s",
+    [percent(share), "", failures ? `${number(failures)} requests/s` : "none in the last 10 s",
       share > 0.05 ? "bad" : share > 0.01 ? "warn" : ""],
-    [bytes(now.journal_bytes), "", missing(backlog) ? "" : `${number(backlog)} requests not in the database yet`],
-    [now.is_database_up ? "● up" : "✕ away", "", now.is_database_up ? "" : "records wait in the journal", now.is_database_up ? "" : "bad"],
+    [now.is_database_up ? "● up" : "✕ away", "database", `journal ${bytes(now.journal_bytes)}`
+      + (missing(backlog) ? "" : `, ${number(backlog)} not in the database yet`), now.is_database_up ? "" : "bad"],
     [`${now.workers} of ${now.workers_wanted}`, "", now.workers === now.workers_wanted ? "all run" : "some are starting or gone",
       now.workers ? now.workers < now.workers_wanted ? "warn" : "" : "bad"],
   ]);
@@ -480,8 +479,8 @@ function showLive() {
       name: level, y: known(p => p[`${name}_s`]?.[place]), dash: ["solid", "dash", "dot"][place]})), {range});
   }
   const outcomes = OUTCOMES.filter(outcome => points.some(point => point.outcomes_rps?.[outcome]));
-  c.failures.show(x, outcomes.map(outcome => ({name: outcome, y: each(p => p.outcomes_rps?.[outcome]), stack: true,
-    colour: `series-${(OUTCOMES.indexOf(outcome) + 3) % 8 + 1}`})), {now: number(failed), range});
+  c.failures.show(x, outcomes.map(outcome => ({name: outcome, y: each(p => p.outcomes_rps?.[outcome]),
+    colour: `series-${(OUTCOMES.indexOf(outcome) + 3) % 8 + 1}`})), {now: number(failed), range, bars: true, names: true});
   c.origins.show(x, [{name: "clients' own", y: each(p => p.live_rps)},
     {name: "injected, replayed, faulted", y: each(p => p.injected_rps), dash: "dash"}], {range});
   c.shaping.show(x, [{name: "waiting", y: each(p => p.shaping_waiting), step: true},
@@ -540,8 +539,8 @@ setInterval(() => {
 
 // The range of History and Failures -----------------------------------------------------------------------------------------
 
-const PRESETS = [["1h", 3600, "1 hour"], ["6h", 21600, "6 hours"], ["24h", 86400, "24 hours"], ["7d", 604800, "7 days"],
-  ["30d", 2592000, "30 days"], ["365d", 31536000, "1 year"]];
+const PRESETS = [["1h", 3600, "1 h", "1 hour"], ["6h", 21600, "6 h", "6 hours"], ["24h", 86400, "24 h", "24 hours"],
+  ["7d", 604800, "7 d", "7 days"], ["30d", 2592000, "30 d", "30 days"], ["365d", 31536000, "1 y", "1 year"]];
 const local = epoch_s => {
   const at = new Date(epoch_s * 1e3);
   return new Date(at - at.getTimezoneOffset() * 60000).toISOString().slice(0, 19);
@@ -575,8 +574,8 @@ function choose(changes) {
   go(view, query);
 }
 for (const form of document.querySelectorAll("[data-range]")) {
-  const presets = PRESETS.map(([name, , label]) => el("button", {
-    type: "button", "data-preset": name, onclick: () => choose({range: name, from: null, to: null})}, label));
+  const presets = PRESETS.map(([name, , label, words]) => el("button", {
+    type: "button", "data-preset": name, "aria-label": words, onclick: () => choose({range: name, from: null, to: null})}, label));
   const from = el("input", {type: "datetime-local", step: "1", name: "from", required: true});
   const to = el("input", {type: "datetime-local", step: "1", name: "to", required: true});
   const origin = el("select", {name: "origin", onchange: () => choose({origin: origin.value === "client" ? null : origin.value})},
@@ -640,10 +639,10 @@ const past = {
   upstreams: new Table($("history-upstreams"), "Upstreams", totalColumns, "No requests in this time."),
   charts: {},
 };
-for (const [name, title, unit, wide] of [
-  ["requests", "Requests", "requests/s", true], ["failures", "Failures by outcome", "requests"], ["tokens", "Tokens", "tokens/s"],
+for (const [name, title, unit] of [
+  ["requests", "Requests", "requests/s"], ["failures", "Failures by outcome", "requests"], ["tokens", "Tokens", "tokens/s"],
   ["ttft", "Time to first token", "ms"], ["tpot", "Time per output token", "ms"], ["e2e", "End to end", "s"],
-]) past.charts[name] = new Chart($("history-charts"), title, unit, {wide, onRange: zoomed});
+]) past.charts[name] = new Chart($("history-charts"), title, unit, {onRange: zoomed});
 
 async function showHistory(query) {
   const range = rangeOf(query), origin = query.get("origin") || "client";
@@ -661,7 +660,7 @@ async function showHistory(query) {
   const requests = sum(p => p.requests), failures = sum(p => p.failures);
   const span = Math.max(1, Math.min(found.end, now) - found.start);
   past.tiles.show([
-    [number(requests), "", `${when(found.start)} to ${when(found.end)}`],
+    [number(requests), "", `of ${ORIGINS.find(each => each[0] === origin)?.[1] || origin}`],
     [number(requests / span), "requests/s", ""],
     [percent(requests ? failures / requests : null), "", `${number(failures)} requests`, requests && failures / requests > 0.05 ? "bad" : ""],
     [number(sum(p => p.request_tokens)), "tokens", ""],
@@ -676,7 +675,7 @@ async function showHistory(query) {
     {name: "failed", y: steps.map(p => (p.failures || 0) / p.span), colour: "series-4"}], {bars: true, range: shown});
   const outcomes = OUTCOMES.filter(outcome => steps.some(point => point.outcomes?.[outcome]));
   c.failures.show(x, outcomes.map(outcome => ({name: outcome, y: steps.map(p => p.outcomes?.[outcome] || 0),
-    colour: `series-${(OUTCOMES.indexOf(outcome) + 3) % 8 + 1}`})), {bars: true, range: shown});
+    colour: `series-${(OUTCOMES.indexOf(outcome) + 3) % 8 + 1}`})), {bars: true, range: shown, names: true});
   c.tokens.show(x, [{name: "answers", y: steps.map(p => (p.response_tokens || 0) / p.span)},
     {name: "prompts", y: steps.map(p => (p.request_tokens || 0) / p.span), dash: "dot"}], {range: shown});
   for (const [name, factor] of [["ttft", 1e3], ["tpot", 1e3], ["e2e", 1]]) {
