@@ -34,8 +34,10 @@ from proxy.audit import AuditEntry, append_audit, read_audit
 from proxy.child import ChildTask, run_child, watch_parent
 from proxy.config_error import ConfigError
 from proxy.control_config import Steering, config_router
+from proxy.control_dashboard import dashboard_router
 from proxy.control_injection import Injections, injection_router
 from proxy.control_keys import keys_router
+from proxy.control_live import Live, live_router
 from proxy.control_schema import answers, document
 from proxy.control_traces import Reader, traces_router
 from proxy.doctor import Check, balance_of, diagnose
@@ -215,6 +217,8 @@ class Overview(msgspec.Struct, frozen=True):
     database: str
     is_database_up: bool
     uptime_s: float
+    read_only: bool
+    """Whatever changes something is refused."""
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
@@ -267,7 +271,8 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None, 
     async def lifespan(app: FastAPI) -> Any:
         key_keeper.recall()
         async with asyncio.TaskGroup() as tasks:
-            chores = [tasks.create_task(each) for each in (balances.keep(), key_keeper.keep(), _watch_certificate(app))]
+            kept = (balances.keep(), key_keeper.keep(), live.keep(), _watch_certificate(app))
+            chores = [tasks.create_task(each) for each in kept]
             source.export(settings)
             yield
             source.export(None)
@@ -293,6 +298,8 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None, 
 
     reader = Reader(current)
 
+    live = Live(current, lambda: (balances.latest, balances.is_database_up))
+
     def audit(actor: str, action: str, detail: dict[str, Any]) -> None:
         append_audit(current().data_dir, actor, action, detail)
 
@@ -302,8 +309,11 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None, 
     app.include_router(injection_router(injections))
     app.state.keeper = key_keeper
     app.state.tls = None
+    app.state.live = live
     app.add_middleware(AdminGate, keeper=key_keeper, settings=lambda: app.state.settings)
     app.include_router(keys_router(key_keeper))
+    app.include_router(live_router(live))
+    app.include_router(dashboard_router())
 
     def as_json(value: object) -> Response:
         return Response(msgspec.json.encode(value), media_type="application/json")
@@ -338,6 +348,7 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None, 
                 show_value(settings.database),
                 balances.is_database_up,
                 time.monotonic() - started_s,
+                now.control.read_only,
             )
         )
 
@@ -379,6 +390,7 @@ def run_control(task: ChildTask) -> None:
         config.ssl = tls.context
         app.state.tls = tls
     server = uvicorn.Server(config)
+    app.state.live.is_stopping = lambda: server.should_exit
 
     def stop() -> None:
         server.should_exit = True

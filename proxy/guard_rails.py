@@ -85,17 +85,17 @@ class LiveWindow:
         )
 
 
-def histogram_quantile(counts: list[int], level: float) -> float:
-    """A quantile of counts in TTFT_BUCKETS_S and above, linear inside a bucket, as Prometheus has it.
+def histogram_quantile(counts: list[int], level: float, bounds: tuple[float, ...] = TTFT_BUCKETS_S) -> float:
+    """A quantile of counts up to each bound and above the last, linear inside a bucket, as Prometheus has it.
 
     Beyond the last bound it is that bound. counts: not all 0.
     """
     rank, below = level * sum(counts), 0
-    for (low_s, high_s), count in zip(pairwise((0.0, *TTFT_BUCKETS_S)), counts, strict=False):
+    for (low, high), count in zip(pairwise((0.0, *bounds)), counts, strict=False):
         if count and below + count >= rank:
-            return low_s + (high_s - low_s) * (rank - below) / count
+            return low + (high - low) * (rank - below) / count
         below += count
-    return TTFT_BUCKETS_S[-1]
+    return bounds[-1]
 
 
 def tripped(readings: Readings, limits: InjectionSettings) -> str | None:

@@ -122,7 +122,7 @@ class RequestHead:
                 self._control(lower, value)
                 continue
             self.forward.append((name, value))
-        if self.token and injection_token and compare_digest(self.token, injection_token):
+        if injection_token and self._shows(injection_token):
             self.origin = Origin.INJECTED
         if named:
             self.forward = [header for header in self.forward if header[0].lower() not in named]
@@ -149,6 +149,10 @@ class RequestHead:
         value = value.strip(b" \t")
         if value and len(self.credentials) < MAX_CREDENTIALS:
             self.credentials = (*self.credentials, value)
+
+    def _shows(self, token: bytes) -> bool:
+        """Whether the injector's token came with the request. (Asked in `__init__`, a compiler takes it for None.)"""
+        return self.token is not None and compare_digest(self.token, token)
 
     def _control(self, name: bytes, value: bytes) -> None:
         if name == b"x-burstgate-origin" and value == b"replay":

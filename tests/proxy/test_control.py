@@ -169,6 +169,7 @@ def test_status_in_one_look(installation: Installation) -> None:
         "dropped": {"budget": 0, "io": 0, "off": 0},
         "database": installation.settings.database,
         "is_database_up": True,
+        "read_only": False,
     }
 
 
