@@ -30,6 +30,8 @@ WICKED = "<img src=x onerror=alert(1)>"
 BROKEN = (
     b'HTTP/1.1 500 Internal Server Error\r\ncontent-length: 45\r\n\r\n{"error": {"message": "", "type": "Broken!"}}\n'
 )
+# A machine that is busy with other things is not to trip the guard rails.
+INJECTION = {"allowed": True, "max_rate_rps": 50, "max_share": 1, "stop_failure_rate": 1, "stop_ttft_p95_s": 0}
 VIEWS = ("live", "history", "failures", "act", "config", "audit")
 
 
@@ -82,7 +84,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         upstreams = [{"url": one.url, "name": "gpu-a", "models": ["small"]}, {"url": two.url, "name": "gpu-b",
                      "models": ["small"]}, {"url": bad.url, "name": "broken", "models": [WICKED]}]  # fmt: skip
         (folder / "burstgate.yaml").write_text(
-            json.dumps({"upstreams": upstreams, "injection": {"allowed": True, "max_rate_rps": 50}, "gateway": "wall"})
+            json.dumps({"upstreams": upstreams, "injection": INJECTION, "gateway": "wall"})
         )
         flags = ("--config", str(folder / "burstgate.yaml"))
         with (
@@ -215,6 +217,7 @@ def test_an_injection_from_start_to_stop(show: Callable[..., Any], world: World)
     assert "max_rate_rps" in dialog.inner_text(), "the API's own words"
     dialog.get_by_role("button", name="Cancel").click()
     form.get_by_label("Rate, requests/s").fill("20")
+    form.get_by_label("Duration, s").fill("200")
     form.get_by_label("Prompt, tokens").fill("20")
     form.get_by_label("Answer, tokens").fill("5")
     form.get_by_role("button", name="Start").click()
