@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
+import polars as pl
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, HTTPException, Query, Response
 from fastapi.responses import StreamingResponse
@@ -164,22 +165,14 @@ def history_view(
     """The sums of a stretch as they are drawn. Raises DatabaseUnavailable."""
     found = read_history(engine, start_s, end_s, points=points, origins=origins, models=models)
     made: dict[int, dict[str, Any]] = {}
-    totals: dict[str, dict[str, list[int]]] = {"model": {}, "upstream": {}}
-    for at, _, model, upstream, outcome, requests, request_tokens, response_tokens in found.counts.iter_rows():
-        point = made.setdefault(
-            at, {"requests": 0, "failures": 0, "request_tokens": 0, "response_tokens": 0, "outcomes": {}}
-        )
-        failed = 0 if outcome == Outcome.OK.value else requests
-        point["requests"] += requests
-        point["failures"] += failed
-        point["request_tokens"] += request_tokens
-        point["response_tokens"] += response_tokens
-        point["outcomes"][outcome] = point["outcomes"].get(outcome, 0) + requests
-        for kind, name in (("model", model), ("upstream", upstream)):
-            total = totals[kind].setdefault(name, [0, 0, 0])
-            total[0] += requests
-            total[1] += failed
-            total[2] += response_tokens
+    sums = ("requests", "request_tokens", "response_tokens")
+    failed = pl.when(pl.col("outcome") == Outcome.OK.value).then(0).otherwise(pl.col("requests"))
+    counts = found.counts.with_columns(failures=failed)
+    for at, outcome, *values in counts.group_by("at", "outcome").agg(pl.sum(*sums, "failures")).iter_rows():
+        point = made.setdefault(at, {"outcomes": {}, **dict.fromkeys((*sums, "failures"), 0)})
+        point["outcomes"][outcome] = values[0]
+        for name, value in zip((*sums, "failures"), values, strict=True):
+            point[name] += value
     buckets: dict[tuple[int, str], list[tuple[int, int]]] = {}
     for at, kind, bucket, requests in found.latencies.iter_rows():
         buckets.setdefault((at, kind), []).append((bucket, requests))
@@ -187,10 +180,14 @@ def history_view(
         made.setdefault(at, {})[f"{kind}_s"] = tuple(quantile_s(counted, share) for share in QUANTILES)
     ranked = {
         kind: tuple(
-            Total(name or "(unknown)", *counted)
-            for name, counted in sorted(named.items(), key=lambda item: -item[1][0])[:50]
+            Total(name or "(unknown)", *values)
+            for name, *values in counts.group_by(kind)
+            .agg(pl.sum("requests", "failures", "response_tokens"))
+            .sort(["requests", kind], descending=[True, False])
+            .head(50)
+            .iter_rows()
         )
-        for kind, named in totals.items()
+        for kind in ("model", "upstream")
     }
     steps = tuple(Point(at=at, **values) for at, values in sorted(made.items()))
     return HistoryView(start_s, end_s, found.step_s, QUANTILES, steps, ranked["model"], ranked["upstream"])

@@ -19,7 +19,6 @@ from storage.rollup import (
     bucket_bounds_s,
     counts_of,
     latencies_of,
-    start_of,
     stretches,
 )
 from storage.schema import requests, rollup_dirty, rollup_latencies, rollups
@@ -88,11 +87,11 @@ def read_history(
             if models:
                 wanted.append(table.c.model.in_(models))
             whole = [*wanted, table.c.step_s == base_s, at.not_in(hours if base_s == HOUR_S else marked)]
-            frames.append(_read(connection, table, whole, step_s, dialect))
+            frames.append(_read(connection, table, whole, step_s))
             if hours:
                 parts = sa.or_(*(sa.and_(at >= hour, at < hour + HOUR_S) for hour in hours))
                 by_minute = [*wanted, table.c.step_s == MINUTE_S, at.not_in(marked), parts]
-                frames.append(_read(connection, table, by_minute, step_s, dialect))
+                frames.append(_read(connection, table, by_minute, step_s))
         for stretch in stretches(marked):
             chosen = sa.and_(requests.c.origin.in_(origins), *([MODEL.in_(models)] if models else []))
             counts.append(_frame(connection, counts_of(dialect, step_s, *stretch).where(chosen)))
@@ -103,11 +102,12 @@ def read_history(
 
 
 def _read(
-    connection: sa.Connection, table: sa.Table, wanted: Sequence[sa.ColumnElement[bool]], step_s: int, dialect: str
+    connection: sa.Connection, table: sa.Table, wanted: Sequence[sa.ColumnElement[bool]], step_s: int
 ) -> pl.DataFrame:
     sums = [column for column in table.c if column.name in _SUMS]
     keys = [column for column in table.c if column.name in _KEYS[table.name]]
-    at = start_of(dialect, sa.cast(table.c.at, sa.Double()), step_s)
+    step = sa.literal_column(str(step_s), sa.BigInteger())
+    at = table.c.at - (table.c.at % step + step) % step  # of whole seconds: also before 1970, and twice as quick
     statement = (
         sa.select(
             sa.literal_column(str(step_s)).label("step_s"),
@@ -129,7 +129,13 @@ _KEYS = {"rollups": ("origin", "model", "upstream", "outcome"), "rollup_latencie
 def _frame(connection: sa.Connection, statement: sa.Select[tuple[object, ...]]) -> pl.DataFrame:
     result = connection.execute(statement)
     names = list(result.keys())
-    return pl.DataFrame([tuple(row) for row in result], schema=_types(names), orient="row")
+    columns = list(zip(*result.all(), strict=True)) or [()] * len(names)
+    return pl.DataFrame(
+        [
+            pl.Series(name, values, dtype=kind)
+            for (name, kind), values in zip(_types(names).items(), columns, strict=True)
+        ]
+    )
 
 
 def _types(names: Sequence[str]) -> dict[str, pl.DataType]:

@@ -30,6 +30,7 @@ _SETTLE_S = 60.0
 """How long after its end a minute is first added up: most of its requests have ended by then."""
 
 
+@functools.cache
 def bucket_bounds_s() -> tuple[float, ...]:
     """Upper bounds of all buckets but the last, seconds."""
     return tuple(0.001 * 2 ** (number / 4) for number in range(BUCKETS - 1))

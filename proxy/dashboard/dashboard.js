@@ -707,7 +707,7 @@ $("export").addEventListener("submit", event => event.preventDefault());
 const PAGE = 50;
 const failures = {
   rows: [],
-  table: new Table($("failures-table"), "Failures", [
+  table: new Table($("failures-table"), "Failed requests", [
     {head: "Time", link: true, button: row => ({label: when(row.received_at), title: `Record of ${when(row.received_at)}`, does: () => openRecord(row)})},
     {head: "Outcome", text: row => row.outcome, tone: () => "bad"},
     {head: "Status", text: row => missing(row.status) ? "none" : String(row.status), num: true},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +30,8 @@ WICKED = "<img src=x onerror=alert(1)>"
 BROKEN = (
     b'HTTP/1.1 500 Internal Server Error\r\ncontent-length: 45\r\n\r\n{"error": {"message": "", "type": "Broken!"}}\n'
 )
+# A machine that is busy with other things is not to trip the guard rails.
+INJECTION = {"allowed": True, "max_rate_rps": 50, "max_share": 1, "stop_failure_rate": 1, "stop_ttft_p95_s": 0}
 VIEWS = ("live", "history", "failures", "act", "config", "audit")
 
 
@@ -80,7 +84,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         upstreams = [{"url": one.url, "name": "gpu-a", "models": ["small"]}, {"url": two.url, "name": "gpu-b",
                      "models": ["small"]}, {"url": bad.url, "name": "broken", "models": [WICKED]}]  # fmt: skip
         (folder / "burstgate.yaml").write_text(
-            json.dumps({"upstreams": upstreams, "injection": {"allowed": True, "max_rate_rps": 50}, "gateway": "wall"})
+            json.dumps({"upstreams": upstreams, "injection": INJECTION, "gateway": "wall"})
         )
         flags = ("--config", str(folder / "burstgate.yaml"))
         with (
@@ -118,12 +122,6 @@ class Shown:
     def _heard(self, message: Any) -> None:
         if message.type in ("error", "warning"):
             self.said.append(message.text)
-
-    def __enter__(self) -> Any:
-        return self.page
-
-    def __exit__(self, *_: object) -> None:
-        self.context.close()
 
 
 @pytest.fixture
@@ -199,7 +197,7 @@ def test_a_drain_and_back_each_confirmed(show: Callable[..., Any], world: World)
     row_of(page, "Audit trail", "config.apply").first.wait_for()
     page.goto(f"{world.gateway.control_url}/#config")
     row_of(page, "Changes", "upstream gpu-a was changed").first.wait_for()
-    row_of(page, "Changes", "in force").wait_for()
+    row_of(page, "Changes", "(in force)").wait_for()
     row_of(page, "Settings", "injection.max_rate_rps").wait_for()
     page.get_by_role("button", name="Roll back to revision 0").click()
     dialog.get_by_role("button", name="Roll back", exact=True).click()
@@ -219,6 +217,7 @@ def test_an_injection_from_start_to_stop(show: Callable[..., Any], world: World)
     assert "max_rate_rps" in dialog.inner_text(), "the API's own words"
     dialog.get_by_role("button", name="Cancel").click()
     form.get_by_label("Rate, requests/s").fill("20")
+    form.get_by_label("Duration, s").fill("200")
     form.get_by_label("Prompt, tokens").fill("20")
     form.get_by_label("Answer, tokens").fill("5")
     form.get_by_role("button", name="Start").click()
@@ -228,7 +227,7 @@ def test_an_injection_from_start_to_stop(show: Callable[..., Any], world: World)
     stop.wait_for()
     wait_until(lambda: world.get("injections")[0]["ok"] > 20, 60.0, "it sends")
     page.goto(f"{world.gateway.control_url}/#live")
-    page.wait_for_function("state.points.some(point => point.injected_rps > 5)")
+    page.wait_for_function("() => state.points.some(point => point.injected_rps > 5)")
     assert drawn(page, "Injected against live")
     page.goto(f"{world.gateway.control_url}/#act")
     stop.click()
@@ -250,7 +249,7 @@ def test_a_range_is_chosen_shown_and_exported(show: Callable[..., Any], world: W
     page.locator("#view-history input[name=from]").fill(page.evaluate(as_local, start_s))
     page.locator("#view-history input[name=to]").fill(page.evaluate(as_local, end_s))
     page.locator("#view-history").get_by_role("button", name="Show", exact=True).click()
-    page.wait_for_function(f"location.hash === '#history?from={start_s}&to={end_s}'")
+    page.wait_for_function(f"() => location.hash === '#history?from={start_s}&to={end_s}'")
     time.sleep(2.5)  # what ended in the range is in the database
     for name, read in (("burstgpt", pl.read_csv), ("parquet", pl.read_parquet)):
         page.locator("#export select[name=format]").select_option(name)
@@ -261,7 +260,10 @@ def test_a_range_is_chosen_shown_and_exported(show: Callable[..., Any], world: W
         assert found.height == len(rows) > 50
     assert found["request_id"].to_list() == [row.request_id for row in rows]
     page.reload()
-    assert page.locator("#view-history input[name=to]").input_value() == page.evaluate(as_local, end_s)
+    page.wait_for_function(
+        "text => document.querySelector('#view-history input[name=to]').value === text",
+        arg=page.evaluate(as_local, end_s),
+    )
     page.get_by_role("button", name="1 hour").click()
     row_of(page, "Models", "small").first.wait_for()
 
@@ -270,7 +272,7 @@ def test_a_failure_opens_its_record(show: Callable[..., Any], world: World) -> N
     world.load.ask(WICKED)
     wait_until(lambda: world.get("requests", failures=True) != [], 60.0, "a failure in the database")
     page = show("failures")
-    table = page.get_by_role("region", name="Failures", exact=True)
+    table = page.get_by_role("region", name="Failed requests")
     table.get_by_role("button").first.click()
     dialog = page.locator("dialog#record")
     text = dialog.inner_text()
@@ -336,20 +338,23 @@ def test_keys_alone_reach_everything(show: Callable[..., Any]) -> None:
     assert page.evaluate(focused).strip() == "BUTTON Drain …"
 
 
-def test_the_page_says_when_the_stream_is_away_and_comes_back(browser: Any, world: World) -> None:
-    with Shown(browser, world) as page:
-        page.wait_for_selector("#stream[data-state=live]")
-        page.context.set_offline(True)
+def test_the_page_says_when_the_stream_is_away_and_comes_back(show: Callable[..., Any], world: World) -> None:
+    page = show()
+    page.wait_for_selector("#stream[data-state=live]")
+    control = world.gateway.pid("control")
+    os.kill(control, signal.SIGSTOP)
+    try:
         page.get_by_role("alert").get_by_text("The live stream is away").wait_for()
         assert page.locator("#stream").inner_text() == "away"
-        page.context.set_offline(False)
-        page.wait_for_selector("#stream[data-state=live]")
-        page.locator("#banner").wait_for(state="hidden")
+    finally:
+        os.kill(control, signal.SIGCONT)
+    page.wait_for_selector("#stream[data-state=live]")
+    page.locator("#banner").wait_for(state="hidden")
 
 
 def test_a_burst_is_marked(show: Callable[..., Any], world: World) -> None:
     page = show()
-    page.wait_for_function("state.live && state.live.baseline_rps !== null", timeout=90_000)
+    page.wait_for_function("() => state.live && state.live.baseline_rps !== null", timeout=90_000)
     world.load.rate_rps = 80.0
     try:
         page.locator("#burst").wait_for()
