@@ -35,6 +35,7 @@ from proxy.view import WorkerView, digest_of, read_views
 from wire.http import parse_base_url
 
 APPLY_TIMEOUT_S = 5.0
+SAME_S = 1.0
 _POLL_S = 0.02
 
 
@@ -193,9 +194,7 @@ class Steering:
                 raise HTTPException(409, str(error)) from None
             self._audit(actor, "config.apply", {"revision": made.number, "keys": sorted(changed.values)})
             keys = [key for key, value in changed.values.items() if value is not None]
-            return await self._took(
-                before, made, lambda now: all(value_of(now, k) == value_of(wanted, k) for k in keys)
-            )
+            return await self._took(before, made, wanted, keys, goes_back=len(keys) < len(changed.values))
 
     async def back(self, number: int, actor: str) -> Applied:
         """Back to a revision. Raises HTTPException."""
@@ -207,10 +206,8 @@ class Steering:
             except KeyError:
                 raise HTTPException(404, f"revision {number} is not kept any more") from None
             self._audit(actor, "config.rollback", {"revision": made.number, "to": number})
-            values = check_changes(before, made.values)
-            return await self._took(
-                before, made, lambda now: all(value_of(now, key) == value_of(values, key) for key in made.values)
-            )
+            wanted = check_changes(before, made.values)
+            return await self._took(before, made, wanted, list(made.values), goes_back=True)
 
     def _must_reload(self) -> Callable[[], None]:
         if self._reload is None:
@@ -226,8 +223,21 @@ class Steering:
         except ConfigError as error:
             raise HTTPException(422, str(error)) from None
 
-    async def _took(self, before: Settings, made: Revision, is_there: Callable[[Settings], bool]) -> Applied:
+    async def _took(
+        self, before: Settings, made: Revision, wanted: Settings, keys: list[str], *, goes_back: bool
+    ) -> Applied:
+        """Reload and wait until these keys are as wanted.
+
+        goes_back: others go back to the configuration, of which only the supervisor knows what it says; they are waited
+        for by the settings being other ones, but no longer than `SAME_S`: they may be the same.
+        """
         begun_s = time.monotonic()
+
+        def is_there(now: Settings) -> bool:
+            if goes_back and now is before and time.monotonic() < begun_s + SAME_S:
+                return False
+            return all(value_of(now, key) == value_of(wanted, key) for key in keys)
+
         self._must_reload()()
         deadline_s = begun_s + APPLY_TIMEOUT_S
         while not is_there(self.current()):

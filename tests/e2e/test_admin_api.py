@@ -62,7 +62,8 @@ def operations() -> Iterator[tuple[str, str]]:
     """Method and path of each route that the document names."""
     for path, methods in build_control(Settings(upstreams=("http://a:1",))).openapi()["paths"].items():
         for method in methods:
-            yield method.upper(), path
+            if path != "/api/v1/live":  # which does not end
+                yield method.upper(), path
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: str(mode.value))
