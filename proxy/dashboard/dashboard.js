@@ -648,7 +648,7 @@ async function showHistory(query) {
   const range = rangeOf(query), origin = query.get("origin") || "client";
   showRange("history", range, query);
   const wanted = new URLSearchParams({from: range.from, to: range.to, origin});
-  const found = await ask("history", "history-note", `/api/v1/history?points=240&${wanted}`);
+  const found = await ask("history", "history-note", `/api/v1/history?points=120&${wanted}`);
   showExport(wanted);
   if (!found) return;
   const step = found.step_s, now = Date.now() / 1e3;
