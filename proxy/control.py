@@ -35,7 +35,7 @@ from proxy.child import ChildTask, run_child, watch_parent
 from proxy.config_error import ConfigError
 from proxy.control_config import Steering, config_router
 from proxy.control_dashboard import dashboard_router
-from proxy.control_injection import Injections, injection_router
+from proxy.control_injection import Injections, actor_of, injection_router
 from proxy.control_keys import keys_router
 from proxy.control_live import Live, live_router
 from proxy.control_schema import answers, document
@@ -228,11 +228,6 @@ class Diagnosis(msgspec.Struct, frozen=True):
     checks: tuple[Check, ...]
 
 
-def _actor(request: Request) -> str:
-    """Who asks, for the audit trail."""
-    return f"address {request.client.host}" if request.client is not None else "unknown"
-
-
 def _error(status: int, message: str) -> Response:
     """OpenAI's error envelope, as everywhere."""
     kind = "invalid_request_error" if status < 500 else "server_error"
@@ -304,7 +299,7 @@ def build_control(settings: Settings, reload: Callable[[], None] | None = None, 
         append_audit(current().data_dir, actor, action, detail)
 
     app.include_router(traces_router(reader))
-    app.include_router(config_router(Steering(current, reload, audit), _actor))
+    app.include_router(config_router(Steering(current, reload, audit), actor_of))
     app.state.export = source.export
     app.include_router(injection_router(injections))
     app.state.keeper = key_keeper

@@ -196,7 +196,7 @@ def injection_router(injections: Injections) -> APIRouter:
         """Start a burst or faults on the running gateway."""
         try:
             plan = await _plan_of(request)
-            return _as_json(await run_in_threadpool(injections.start, plan, _actor(request)), 201)
+            return _as_json(await run_in_threadpool(injections.start, plan, actor_of(request)), 201)
         except GatewayError as error:
             return _refusal(error)
 
@@ -217,7 +217,7 @@ def injection_router(injections: Injections) -> APIRouter:
     def stop_any(request: Request) -> Response:
         """The kill switch: stop whatever is being injected."""
         try:
-            return _as_json(injections.stop(None, _actor(request)))
+            return _as_json(injections.stop(None, actor_of(request)))
         except GatewayError as error:
             return _refusal(error)
 
@@ -225,7 +225,7 @@ def injection_router(injections: Injections) -> APIRouter:
     def stop(run_id: str, request: Request) -> Response:
         """Stop an injection."""
         try:
-            return _as_json(injections.stop(run_id, _actor(request)))
+            return _as_json(injections.stop(run_id, actor_of(request)))
         except GatewayError as error:
             return _refusal(error)
 
@@ -247,13 +247,15 @@ async def _plan_of(request: Request) -> Plan:
         raise GatewayError(400, "invalid_plan", f"plan: {str(error).removeprefix('plan: ')}") from None
 
 
-def _actor(request: Request) -> str:
+def actor_of(request: Request) -> str:
     """Who asks: whom authentication has found, else who they say they are, and from where."""
-    known = getattr(request.state, "actor", None)
+    known = request.scope.get("burstgate.user")
     said = request.headers.get("x-burstgate-actor", "")[:MAX_ACTOR]
     said = "".join(each if each.isprintable() else "?" for each in said)
     address = request.client.host if request.client is not None else "unknown"
-    return str(known) if known is not None else f"{said} ({address})" if said else address
+    if known is not None and known != "local":
+        return str(known)
+    return f"{said} ({address})" if said else str(address)
 
 
 def _own_url(settings: Settings) -> str:
