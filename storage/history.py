@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from storage.engine import database_errors
 from storage.rollup import (
+    ALL_MODELS,
     BUCKETS,
     HOUR_S,
     KINDS,
@@ -86,6 +87,9 @@ def read_history(
             wanted = [at >= first_s, at < last_s, table.c.origin.in_(origins)]
             if models:
                 wanted.append(table.c.model.in_(models))
+            if table is rollup_latencies:
+                kinds = KINDS if models else [f"{ALL_MODELS}{kind}" for kind in KINDS]
+                wanted.append(table.c.kind.in_(kinds))
             whole = [*wanted, table.c.step_s == base_s, at.not_in(hours if base_s == HOUR_S else marked)]
             frames.append(_read(connection, table, whole, step_s))
             if hours:
@@ -98,6 +102,7 @@ def read_history(
             latencies.extend(
                 _frame(connection, latencies_of(dialect, step_s, *stretch, kind).where(chosen)) for kind in KINDS
             )
+    latencies = [frame.with_columns(pl.col("kind").str.strip_prefix(ALL_MODELS)) for frame in latencies]
     return History(step_s, _summed(counts, rollups), _summed(latencies, rollup_latencies))
 
 

@@ -21,6 +21,8 @@ import sqlalchemy as sa
 from storage.engine import database_errors
 from storage.schema import requests, rollup_dirty, rollup_latencies, rollups
 
+ALL_MODELS = "all_"
+"""How kinds of latencies begin that are of all models together."""
 MINUTE_S = 60
 HOUR_S = 3600
 BUCKETS = 80
@@ -167,9 +169,31 @@ def roll(engine: sa.Engine, now_s: float, *, limit: int = 60) -> int:
                         latencies_of(dialect, MINUTE_S, first_s, end_s, kind),
                     )
                 )
+            _add_all_models(connection, first_s, end_s)
         for hour_s in sorted({math.floor(minute / HOUR_S) * HOUR_S for minute in minutes}):
             _roll_hour(connection, hour_s)
         return len(minutes)
+
+
+def _add_all_models(connection: sa.Connection, first_s: int, end_s: int) -> None:
+    """The minutes' histograms of all models together, as kinds of their own: what is looked at most."""
+    table = rollup_latencies
+    keys = (table.c.step_s, table.c.at, table.c.origin)
+    kind = sa.literal_column(f"'{ALL_MODELS}' || kind", sa.Text())
+    connection.execute(
+        sa.insert(table).from_select(
+            [column.name for column in table.c],
+            sa.select(
+                *keys,
+                sa.literal_column("''"),
+                kind,
+                table.c.bucket,
+                sa.cast(sa.func.sum(table.c.requests), sa.BigInteger()),
+            )
+            .where(table.c.step_s == MINUTE_S, table.c.at >= first_s, table.c.at < end_s)
+            .group_by(*keys, table.c.kind, table.c.bucket),
+        )
+    )
 
 
 _ROLL_LOCK = 5_236_914_402_211

@@ -37,7 +37,12 @@ def upgrade() -> None:
     op.create_table(
         "rollup_latencies",
         *_step_keys(),
-        sa.Column("kind", sa.Text(), primary_key=True, comment="ttft, tpot or e2e, of requests that ended well"),
+        sa.Column(
+            "kind",
+            sa.Text(),
+            primary_key=True,
+            comment="ttft, tpot or e2e, of requests that ended well; all_ttft, ...: of all models",
+        ),
         sa.Column(
             "bucket", sa.BigInteger(), primary_key=True, autoincrement=False, comment="n: up to 2^(n/4) ms; 79: above"
         ),
