@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import math
 
 import polars as pl
@@ -28,7 +29,7 @@ def test_nothing_is_loaded_from_anywhere_and_it_is_small(analysis: Analysis) -> 
     found = Page(data)
     links = {value for _, attributes in found.tags for name, value in attributes.items() if name in ("src", "href")}
     assert links
-    assert all(str(link).startswith("data:text/csv;base64,") for link in links)
+    assert all(str(link).startswith("data:application/gzip;base64,") for link in links)
     assert [each["title"] for each in found.data("figures")][:2] == [
         "Burstiness over the work day: alpha(t)",
         "Pace over the work day: beta(t)",
@@ -42,7 +43,7 @@ def test_every_figure_has_a_sentence_and_its_table(analysis: Analysis) -> None:
     for chart in drawn:
         assert chart.note.endswith((".", "%"))
         figure = picture(chart)
-        csv = base64.b64decode(figure["csv"].removeprefix("data:text/csv;base64,"))
+        csv = gzip.decompress(base64.b64decode(figure["csv"].removeprefix("data:application/gzip;base64,")))
         assert csv == chart.table.write_csv().encode()
         assert figure["traces"]
         assert all(map(math.isfinite, numbers(figure["traces"])))
