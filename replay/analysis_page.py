@@ -1,8 +1,8 @@
 """An analysis as one HTML page that opens from disk, offline (`analysis.html` in the frame of `replay.page`).
 
 The pictures are those of `traces.charts`; each has its sentence and a link to its table as CSV, which the page itself
-holds, packed: a browser that can unpack gives the CSV, another the `.csv.gz`. Text from outside (names) is escaped. What
-the trace has no data for is named below them.
+holds, packed: a browser that can unpack gives the CSV, another the `.csv.gz`. Text from outside (names) is escaped.
+What the trace has no data for is named below them.
 """
 
 from __future__ import annotations
