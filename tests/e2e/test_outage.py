@@ -216,7 +216,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     journal = tmp_path / "data" / "journal"
     journal.mkdir(parents=True)
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", journal], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", journal], capture_output=True, text=True, check=False
     )
     if mounted.returncode:
         pytest.skip(f"needs the right to mount a small tmpfs: {mounted.stderr.strip()}")
