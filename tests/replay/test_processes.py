@@ -164,7 +164,7 @@ def test_shards_started_at_one_time_are_the_whole(trace: Path, tmp_path: Path) -
 
 def children() -> list[int]:
     """Of this process."""
-    found = []
+    found: list[int] = []
     for task in Path(f"/proc/{os.getpid()}/task").iterdir():
         with contextlib.suppress(FileNotFoundError):  # a thread that ends meanwhile
             found += map(int, (task / "children").read_text().split())
