@@ -30,8 +30,7 @@ from proxy.settings import (
     value_of,
 )
 from proxy.steering import Revision, StaleRevision, change, check_changes, read_revisions, roll_back
-from proxy.upstream import UpstreamStatus
-from proxy.view import WorkerView, digest_of, read_views
+from proxy.view import UpstreamStatus, WorkerView, digest_of, read_views
 from wire.http import parse_base_url
 
 APPLY_TIMEOUT_S = 5.0

@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import msgspec
-
 from proxy.balance import Decision, Pool, Ring, build_ring, choose, hash64
 from proxy.config_error import ConfigError
 from proxy.health import Health, State, Window, is_outlier, may_eject
@@ -29,6 +27,7 @@ from proxy.models import ask, ask_models, merge
 from proxy.prefix import PrefixTable
 from proxy.request_head import CREDENTIALS
 from proxy.settings import Settings, UpstreamSettings
+from proxy.view import UpstreamStatus
 from wire.http import HttpClient, client_context, parse_base_url
 from wire.http1 import Headers
 
@@ -41,23 +40,6 @@ ASK_AGAIN_S = 5.0
 _NEVER_NS = 1 << 63
 _KEY = re.compile(r"[!-~]{1,4096}")
 _PLAIN = Decision(0, "least_in_flight", 1)
-
-
-class UpstreamStatus(msgspec.Struct, frozen=True):
-    """One upstream, as one worker sees it."""
-
-    name: str
-    state: State
-    in_flight: int
-    weight: float
-    """As configured; what it has of it while it starts slowly is `share`."""
-    share: float
-    models: tuple[str, ...] | None
-    """None: not known."""
-    error: str | None
-    """What failed last, however long ago."""
-    failures: int
-    """Failed requests in a row."""
 
 
 class Upstream:
@@ -529,7 +511,7 @@ class Fleet:
         return [
             UpstreamStatus(
                 upstream.name,
-                State.DRAINING if upstream.settings.drain else upstream.health.state(now_ns),
+                str(State.DRAINING if upstream.settings.drain else upstream.health.state(now_ns)),
                 upstream.in_flight,
                 upstream.settings.weight,
                 upstream.health.ramp(now_ns),

@@ -13,7 +13,24 @@ from pathlib import Path
 import msgspec
 
 from proxy.settings import Settings
-from proxy.upstream import UpstreamStatus
+
+
+class UpstreamStatus(msgspec.Struct, frozen=True):
+    """One upstream, as one worker sees it."""
+
+    name: str
+    state: str
+    """Of `proxy.health.State`."""
+    in_flight: int
+    weight: float
+    """As configured; what it has of it while it starts slowly is `share`."""
+    share: float
+    models: tuple[str, ...] | None
+    """None: not known."""
+    error: str | None
+    """What failed last, however long ago."""
+    failures: int
+    """Failed requests in a row."""
 
 
 class WorkerView(msgspec.Struct, frozen=True):

@@ -20,8 +20,7 @@ from proxy.control import build_control
 from proxy.health import State
 from proxy.settings import Settings
 from proxy.telemetry import WORKER_COUNTERS, WorkerMetrics
-from proxy.upstream import UpstreamStatus
-from proxy.view import WorkerView, write_view
+from proxy.view import UpstreamStatus, WorkerView, write_view
 from storage.counters import places
 from storage.engine import open_engine, upgrade
 from storage.entries import Begun
