@@ -81,7 +81,7 @@ class Replica(Installation):
             data_dir=folder / host.name,
             database_url=database_url,
             env={"BURSTGATE_GATEWAY": host.name, **env},
-            flags=("--host", host.address, "--control-host", host.address),
+            flags=("--host", host.address),
         )
         self._command[:0] = host.prefix
 
