@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -59,7 +59,7 @@ MAX_PROMPT_TOKENS = 1_000_000
 """Of a row that asks for more where the target does not say what its model takes: the memory is ours."""
 INLINE_CHARS = 4096
 """A longer text is counted in a thread: a local tokenizer takes some 0.1 ms for a thousand characters."""
-TURN_NS = 500_000
+TURN_NS = 200_000
 """How long `fill` builds before it lets the loop turn."""
 COMPARED_ANSWERS = 64
 """Whose usage is compared with the local count."""
@@ -69,12 +69,13 @@ class Prepared:
     """A row and its request, which may still change until it is sent."""
 
     __slots__ = (
-        "body", "counted_tokens", "draft", "has_earlier_turns", "is_counted", "is_sent", "row", "text", "tokens",
-        "turns",
+        "body", "counted_tokens", "draft", "has_earlier_turns", "head", "is_counted", "is_sent", "row", "text",
+        "tokens", "turns",
     )  # fmt: skip
 
-    def __init__(self, row: Planned, tokens: int, *, has_earlier_turns: bool) -> None:
+    def __init__(self, row: Planned, tokens: int, head: bytes = b"", *, has_earlier_turns: bool) -> None:
         self.row = row
+        self.head = head
         self.tokens = tokens
         """Of the prompt that is tried for."""
         self.has_earlier_turns = has_earlier_turns
@@ -104,14 +105,15 @@ class Ahead:
         seed: int,
         api_key: str | None,
         prompts: PromptOptions | None = None,
+        head: Callable[[Planned], bytes] = lambda _row: b"",
     ) -> None:
-        """Reads the local tokenizer and the pool of prompts. Raises ValueError or OSError naming their file, and
-        ReplayError naming an environment variable that is not set."""
+        """head: makes the header lines of a row's request, long before its moment. Reads the local tokenizer and the
+        pool of prompts. Raises ValueError or OSError naming their file, and ReplayError naming an environment variable
+        that is not set."""
         self._options = options = prompts or PromptOptions()
         self._endpoint = endpoint
-        self.extra_headers = header_lines(options.extra_headers)
-        """The user's own."""
-        self._headers = [*auth_headers(api_key), *self.extra_headers]
+        self._head = head
+        self._headers = [*auth_headers(api_key), *header_lines(options.extra_headers)]
         self._texts = Texts(options, seed)
         self._local = None if options.tokenizer is None else load_tokenizer(options.tokenizer, chat=endpoint == "chat")
         if self._local is not None and options.history != "none":
@@ -267,20 +269,27 @@ class Ahead:
 
     async def fill(self) -> None:
         """Read the plan to its end; waits while as much as the bounds allow is ahead."""
-        is_over = False
         is_embeddings = self._endpoint == "embeddings"
-        while not is_over:
-            rows, self.error = await asyncio.to_thread(_next_rows, self._planned)
-            is_over = not rows or self.error is not None
-            self._find_block_tokens(rows)
-            for row in rows:
-                self.rows_read += 1
-                if row.request_tokens if is_embeddings else row.is_sendable:
-                    # An embedding has no answer's length: none is asked for.
-                    await self._prepare(msgspec.structs.replace(row, response_tokens=0) if is_embeddings else row)
-                else:
-                    self.failed_in_source += row.is_failure
-                    self.without_tokens += not row.is_failure
+        reading = asyncio.ensure_future(asyncio.to_thread(_next_rows, self._planned))
+        try:
+            while True:
+                rows, self.error = await reading
+                is_over = not rows or self.error is not None
+                if not is_over:  # the next are read while these are prepared: nobody waits for a file
+                    reading = asyncio.ensure_future(asyncio.to_thread(_next_rows, self._planned))
+                self._find_block_tokens(rows)
+                for row in rows:
+                    self.rows_read += 1
+                    if row.request_tokens if is_embeddings else row.is_sendable:
+                        # An embedding has no answer's length: none is asked for.
+                        await self._prepare(msgspec.structs.replace(row, response_tokens=0) if is_embeddings else row)
+                    else:
+                        self.failed_in_source += row.is_failure
+                        self.without_tokens += not row.is_failure
+                if is_over:
+                    break
+        finally:
+            reading.cancel()
         self._is_filled.set()
         await self._ready.put(None)
 
@@ -320,7 +329,7 @@ class Ahead:
             self._room.clear()
             await self._room.wait()
         has_earlier_turns = self._in_history(row) and self._histories.open(row.session_id or "")
-        prepared = Prepared(row, tokens, has_earlier_turns=has_earlier_turns)
+        prepared = Prepared(row, tokens, self._head(row), has_earlier_turns=has_earlier_turns)
         if not self.needs_history(prepared):
             self._build(prepared)
             is_synthetic = self._options.history == "synthetic" and self._in_history(row)

@@ -446,8 +446,8 @@ class UsageModel:
         if spread > 0:
             slope = (n * self._products - self._words * self._tokens) / spread
             overhead = (self._tokens - slope * self._words) / n
-            if 0.02 <= slope <= 10 and overhead >= 0:
-                return slope, overhead
+            if 0.02 <= slope <= 10:  # below no template at all, by rounding: the line through the origin
+                return (slope, overhead) if overhead >= 0 else (self._products / self._words_squared, 0.0)
         # Of one length only: today's models have a token a word, and what is over is the template.
         over = (self._tokens - self._first_ratio * self._words) / n
         if 0 <= over <= MAX_TEMPLATE_TOKENS:

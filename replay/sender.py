@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from replay.ahead import COUNTERS, Ahead, Prepared
+from replay.bodies import header_lines
 from replay.client import Reply, Request, request_headers
 from replay.metrics import SenderFacts, Tally
 from replay.options import ReplayOptions, Shard
@@ -52,7 +53,7 @@ GC_THRESHOLD = (50_000, 20, 50)
 """Samples leave no cycles; Python's default would look for some every few milliseconds."""
 HEARTBEAT_S = 0.010
 """A hundred wake-ups a second cost a core less than 0.1 %."""
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.0001
 """How long the thread that reads the trace may keep the loop from the interpreter; Python's 5 ms would be lag."""
 
 Learned = tuple[WordModel | None, int | None]
@@ -136,9 +137,10 @@ class Sender:
         stop: Stop,
         learned: Learned | None = None,
     ) -> None:
-        self._http = HttpClient(base_url(options))
-        self._ahead = open_ahead(planned, options, api_key)
+        self._http = HttpClient(base_url(options), bursts=True)
+        self._ahead = open_ahead(planned, options, api_key, self._head)
         self._options = options
+        self._extra_headers = header_lines(options.prompts.extra_headers)
         self._run_id = run_id
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         self._api_key = api_key
@@ -255,9 +257,8 @@ class Sender:
     async def _send_in_order(self, requests: asyncio.TaskGroup) -> None:
         while (prepared := await self._ahead.next()) is not None:
             due_ns = self._zero_ns + round(prepared.row.due_s * 1e9)
-            lines = self._lines(prepared)  # before its moment
             await self._alarm.until(due_ns)
-            await self._begin(requests, prepared, due_ns, lines)
+            await self._begin(requests, prepared, due_ns)
 
     async def _send_turns(self, requests: asyncio.TaskGroup, turns: Turns) -> None:
         async with asyncio.TaskGroup() as group:
@@ -269,7 +270,7 @@ class Sender:
                     continue
                 turn = turns.pop()
                 self._room.set()
-                await self._begin(requests, turn.prepared, turn.ready_ns, self._lines(turn.prepared))
+                await self._begin(requests, turn.prepared, turn.ready_ns)
 
     async def _read_turns(self, turns: Turns) -> None:
         while (prepared := await self._ahead.next()) is not None:
@@ -284,18 +285,20 @@ class Sender:
         turns.close()
         self._alarm.ring()
 
-    def _lines(self, prepared: Prepared) -> bytes:
+    def _head(self, row: Planned) -> bytes:
+        """The header lines of a row's request, but for Content-Length."""
+        options = self._options
         return encode_lines(
             request_headers(
-                prepared.row,
+                row,
                 self._run_id,
                 self._api_key,
-                self._ahead.extra_headers,
-                injection_token=self._options.injection_token,
+                self._extra_headers,
+                injection_token=options.injection_token,
             )
         )
 
-    async def _begin(self, requests: asyncio.TaskGroup, prepared: Prepared, ready_ns: int, lines: bytes) -> None:
+    async def _begin(self, requests: asyncio.TaskGroup, prepared: Prepared, ready_ns: int) -> None:
         """Start a request whose moment has come, or drop it."""
         held_ns = 0
         if self._slots is not None:
@@ -307,7 +310,7 @@ class Sender:
             self._counts.late_dropped += 1
             self._end(prepared, now_ns)
             return
-        request = Request(self._http, options.endpoint, lines, prepared.body, keep_text=self._ahead.wants_text)
+        request = Request(self._http, options.endpoint, prepared.head, prepared.body, keep_text=self._ahead.wants_text)
         is_started = request.start()
         prepared.is_sent = True
         self._counts.tried += 1
@@ -419,8 +422,13 @@ def base_url(options: ReplayOptions) -> str:
     return re.sub(r"/v1/?$", "", options.target.rstrip("/"))
 
 
-def open_ahead(planned: Iterator[Planned], options: ReplayOptions, api_key: str | None) -> Ahead:
-    """What prepares the plan's requests."""
+def open_ahead(
+    planned: Iterator[Planned],
+    options: ReplayOptions,
+    api_key: str | None,
+    head: Callable[[Planned], bytes] = lambda _row: b"",
+) -> Ahead:
+    """What prepares the plan's requests. head: see `Ahead`."""
     return Ahead(
         planned,
         base_url(options),
@@ -430,6 +438,7 @@ def open_ahead(planned: Iterator[Planned], options: ReplayOptions, api_key: str 
         seed=options.seed,
         api_key=api_key,
         prompts=options.prompts,
+        head=head,
     )
 
 

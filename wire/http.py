@@ -187,6 +187,8 @@ class _Connection:
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
+        if self.client.writes_at_once:
+            self.transport.set_write_buffer_limits(high=0)
 
     def data_received(self, data: bytes) -> None:
         exchange = self.exchange
@@ -438,7 +440,9 @@ class HttpClient:
     """Connections to one upstream.
 
     connect_timeout_s bounds name look-up, TCP and TLS set-up; idle_s is how long an unused connection may be reused
-    (vLLM's server closes after 5 s by default); tls is the context for https (default: `client_context()`).
+    (vLLM's server closes after 5 s by default); tls is the context for https (default: `client_context()`). bursts: for
+    requests that come in bursts and count by their moment: connections take turns, so that as many stay open as a burst
+    has used, and a request is written at once instead of with the loop's next turn (uvloop).
     """
 
     def __init__(
@@ -448,8 +452,12 @@ class HttpClient:
         connect_timeout_s: float = 5.0,
         idle_s: float = 4.0,
         tls: ssl.SSLContext | None = None,
+        bursts: bool = False,
     ) -> None:
         self.url = parse_base_url(base_url)
+        self._next_idle = 0 if bursts else -1
+        """Which of the idle ones is used."""
+        self.writes_at_once = bursts and not self.url.is_tls
         self._connect_timeout_s = connect_timeout_s
         self._idle_ns = int(idle_s * 1e9)
         self._tls = (tls or client_context()) if self.url.is_tls else None
@@ -468,7 +476,7 @@ class HttpClient:
         """
         idle = self._idle
         while idle:
-            connection = idle.pop()
+            connection = idle.pop(self._next_idle)
             if not connection.transport.is_closing():
                 pieces = self._encode(method, target, lines, body)
                 exchange = Exchange()

@@ -30,7 +30,7 @@ from benchmarks.replay.measure import (
     open_mock,
 )
 from benchmarks.replay.report import Batch, Results, Sample, tables, write_samples
-from benchmarks.replay.tools import OURS, TOOLS, make_tokenizer
+from benchmarks.replay.tools import FLOOR, OURS, TOOLS, make_tokenizer
 from benchmarks.replay.workload import Workload, convert, ladder, steady, write
 
 FIGURES = ("lag-100", "lag-1000", "ladder", "start", "convert", "simulate")
@@ -75,7 +75,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=BENCH / "results", help="folder (default: .bench/results)")
     options = parser.parse_args(argv)
     if options.tools is None:
-        options.tools = [OURS] if options.quick else list(TOOLS)
+        options.tools = [OURS, FLOOR] if options.quick else list(TOOLS)
     for name in ("repeats", "processes"):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name}: expected a number >= 1, got {value}")
@@ -114,7 +114,7 @@ def measure(bench: Bench, options: argparse.Namespace, results: Results) -> Iter
     if "ladder" in options.only:
         lower = ladder("lower", LOWER_RPS[::3] if short else LOWER_RPS, RUNG_S)
         upper = ladder("upper", UPPER_RPS[::3] if short else UPPER_RPS, RUNG_S)
-        for name in _present(options.tools, results):
+        for name in _replayers(options.tools, results):
             say(f"ladder, {name}")
             with _absent(results, name):
                 rungs: list[Rung] = measure_ladder(bench, name, lower, traces.of(lower, name))
@@ -123,7 +123,7 @@ def measure(bench: Bench, options: argparse.Namespace, results: Results) -> Iter
                 yield from rungs
     if "start" in options.only:
         long = steady("long", 100_000, 100.0)
-        for name in _present(options.tools, results):
+        for name in _replayers(options.tools, results):
             say(f"start, {name}")
             with _absent(results, name):
                 yield measure_start(bench, name, long, traces.of(long, name), START_LIMIT_S)
@@ -131,6 +131,10 @@ def measure(bench: Bench, options: argparse.Namespace, results: Results) -> Iter
         yield from convert_rates(bench, 200_000 if short else 2_000_000)
     if "simulate" in options.only:
         yield simulate_rate(20_000 if short else 100_000)
+
+
+def _replayers(tools: list[str], results: Results) -> list[str]:
+    return [name for name in _present(tools, results) if name != FLOOR]
 
 
 def _present(tools: list[str], results: Results) -> list[str]:
@@ -222,7 +226,7 @@ def main(argv: list[str]) -> int:
             bench = Bench(folder, mock, folder / "hub", burstgate, options.processes, cores.gateway, both)
             for sample in measure(bench, options, results):
                 results.samples.append(sample)
-        versions = [TOOLS[name].version() for name in _present(options.tools, results) if name != OURS]
+        versions = [TOOLS[name].version() for name in _replayers(options.tools, results) if name != OURS]
         text = tables(results, versions, len(allowed), is_compiled=not options.quick)
         print(text)
         options.out.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,8 @@
 
 Lag of a request is its arrival minus (schedule zero + its due time).
 
-    explicit zero   burstgate's own, from its summary (`started_at`), and each request known by its X-Request-Id
+    explicit zero   burstgate's own, from its summary (`started_at`), and each request known by its X-Request-Id; the
+                    floor's too: floor.c, which has every byte ready, shows what of a lag is the machine's
     fitted zero     for a tool that states none: arrivals in order against due times in order, and the zero is the first
                     percentile of their differences. This favours the tool: what is always late is not late at all, and
                     requests that overtake each other even out. burstgate's is computed too, for comparison.
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gateway.install import ROOT, compiled
 from benchmarks.gateway.processes import Running, free_ports, get_json, machine_cpu_s, running
-from benchmarks.replay.tools import OURS, TOOLS, Job, Tool, new_folder
+from benchmarks.replay.tools import FLOOR, OURS, TOOLS, Job, Tool, new_folder
 from benchmarks.replay.workload import Workload
 
 POLL_S = 0.2
@@ -221,7 +222,7 @@ def run_tool(
     used_s = bench.cpu_s() - bench_s
     foreign = max(0.0, machine_cpu_s() - machine_s - used_s) / (time.monotonic() - start_s)
     path = job.folder / "summary.json"
-    summary = json.loads(path.read_text()) if tool.name == OURS and path.is_file() else None
+    summary = json.loads(path.read_text()) if tool.name in (OURS, FLOOR) and path.is_file() else None
     return Run(bench.mock.arrivals(), status, began_s, peak, foreign, summary)
 
 
@@ -253,7 +254,7 @@ def measure_lag(bench: Bench, figure: str, name: str, workload: Workload, trace:
     run = run_tool(bench, TOOLS[name], job, cores=bench.core, start_limit_s=120.0, limit_s=limit_s)
     is_whole = run.arrivals.at_s.size == workload.rows
     fitted = fitted_lags_s(run.arrivals.at_s, workload.due_s) if is_whole else None
-    lags = explicit_lags_s(run, workload.due_s) if name == OURS else fitted
+    lags = explicit_lags_s(run, workload.due_s) if name in (OURS, FLOOR) else fitted
     return Lag(
         figure=figure,
         tool=name,
@@ -262,7 +263,7 @@ def measure_lag(bench: Bench, figure: str, name: str, workload: Workload, trace:
         rows=workload.rows,
         arrived=int(run.arrivals.at_s.size),
         status=run.status,
-        zero="explicit" if name == OURS else "fitted",
+        zero="explicit" if name in (OURS, FLOOR) else "fitted",
         lag_p50_ms=_ms(lags, 50),
         lag_p99_ms=_ms(lags, 99),
         lag_max_ms=_ms(lags, 100),

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.gateway.install import PACKAGES, ROOT, environment, newer_interpreter
+from benchmarks.gateway.install import PACKAGES, ROOT, compiled, environment, newer_interpreter
 from benchmarks.gateway.processes import BenchError
 from benchmarks.gateway.rivals import Command
 from benchmarks.replay.workload import MODEL
@@ -88,6 +88,13 @@ def burstgate(job: Job) -> Command:
     if job.processes is not None:
         argv += ["--processes", str(job.processes)]
     return Command(tuple(argv))
+
+
+def floor(job: Job) -> Command:
+    """No replayer: what this machine makes of a C program that only sends (floor.c)."""
+    program = compiled(ROOT / "benchmarks" / "replay" / "floor.c")
+    argv = (str(program), job.url.rpartition(":")[2], str(job.trace), str(job.folder / "summary.json"))
+    return Command(argv)
 
 
 def aiperf(job: Job) -> Command:
@@ -187,10 +194,12 @@ class Tool:
 
 
 OURS = "burstgate"
+FLOOR = "floor"
 TOOLS = {
     tool.name: tool
     for tool in (
         Tool(OURS, "mooncake", burstgate),
+        Tool(FLOOR, "mooncake", floor),
         Tool("aiperf", "mooncake", aiperf),
         Tool("guidellm", "timed_trace", guidellm),
         Tool("evalscope", "workload_trace", evalscope),

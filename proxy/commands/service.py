@@ -48,6 +48,9 @@ def serve(
     database_url: DatabaseUrl = None,
     workers: Annotated[int | None, typer.Option(help="Gateway worker processes.  [default: 1]")] = None,
     config: Config = None,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="The dashboard and the admin API show, and change nothing.")
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Only find out whether it would start.")] = False,
 ) -> None:
     """Run the gateway: workers, recorder and control plane. SIGHUP reloads, SIGUSR2 restarts without downtime."""
@@ -66,6 +69,7 @@ def serve(
         "data_dir": data_dir,
         "database_url": database_url,
         "workers": workers,
+        "control.read_only": read_only or None,
     }
 
     def load() -> Settings:

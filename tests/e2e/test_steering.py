@@ -128,3 +128,14 @@ def test_a_worker_that_is_replaced_meanwhile_has_the_change_too(tmp_path: Path, 
         applied(control.post("/config", json={"values": {"response_headers.upstream": None}}))
         assert time.monotonic() - begun_s < 2.0
         assert "x-burstgate-upstream" in httpx.get(f"{gateway.gateway_url}/v1/models").headers
+
+
+def test_read_only_shows_and_changes_nothing(tmp_path: Path, simulators: tuple[str, str]) -> None:
+    one, two = simulators
+    with (
+        Installation(one, data_dir=tmp_path, flags=("--read-only",)) as gateway,
+        httpx.Client(base_url=f"{gateway.control_url}/api/v1", timeout=20.0) as control,
+    ):
+        refused = control.post("/upstreams", json={"upstream": {"url": two}})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (403, "read_only")
+        assert [each["name"] for each in control.get("/upstreams").json()] == [one]

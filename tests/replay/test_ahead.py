@@ -8,7 +8,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replay.ahead import COUNTERS, Ahead, Prepared
+from replay.ahead import CHUNK_ROWS, COUNTERS, Ahead, Prepared
 from replay.bodies import Prompt
 from replay.client import Endpoint
 from replay.history import Turn
@@ -436,3 +437,25 @@ def test_words_are_used() -> None:
 
     (only,) = asyncio.run(body())
     assert set(only.text.split()) <= set(WORDS)
+
+
+def test_the_next_rows_are_read_while_the_last_ones_wait() -> None:
+    """Without a tokenizer few prompts are built ahead, and the file is not among what a send waits for."""
+    reading = threading.Event()
+
+    def planned() -> Iterator[Planned]:
+        for index in range(2 * CHUNK_ROWS):
+            if index == CHUNK_ROWS:
+                reading.set()
+            yield row(index, 10)
+
+    async def main() -> None:
+        ahead = Ahead(planned(), NOWHERE, endpoint="chat", model="m", stream=False, seed=3, api_key=None)
+        filling = asyncio.create_task(ahead.fill())
+        assert await ahead.next() is not None
+        assert await asyncio.to_thread(reading.wait, 10.0)
+        filling.cancel()
+        await asyncio.wait([filling])
+        ahead.close()
+
+    asyncio.run(main())

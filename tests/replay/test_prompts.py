@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from replay.prompts import (
@@ -306,6 +306,7 @@ def test_the_same_seed_gives_the_same_text_in_another_process() -> None:
     assert len(printed[0].split()) == 950
 
 
+@example(1.5, 0, [20, 221])
 @given(
     st.floats(0.5, 4),
     st.integers(0, 80),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import select
 import socket
 import ssl
 import struct
@@ -675,6 +676,34 @@ class Looker:
 async def warm(client: HttpClient) -> None:
     """Leave one idle connection."""
     assert await get(client) == (200, b"hi")
+
+
+def test_for_bursts_requests_leave_at_once_and_connections_take_turns(run: Run) -> None:
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            client = HttpClient(f"http://127.0.0.1:{listener.getsockname()[1]}", bursts=True)
+            await client.warm(2)
+            peers = [listener.accept()[0] for _ in range(2)]
+
+            def sent_on(target: bytes) -> tuple[Exchange, socket.socket]:
+                exchange = client.start(b"GET", target, b"")
+                assert exchange is not None
+                (peer,) = select.select(peers, [], [], 5.0)[0]  # the loop stands still meanwhile
+                assert target in peer.recv(4096)
+                return exchange, peer
+
+            used = []
+            for target in (b"/1", b"/2", b"/3", b"/4"):
+                exchange, peer = sent_on(target)
+                peer.sendall(OK)
+                assert await read_all(exchange) == b"hi"
+                used.append(peer)
+            assert used[0] is used[2] is not used[1] is used[3]
+            client.close()
+            for peer in peers:
+                peer.close()
+
+    run(main())
 
 
 def test_a_request_starts_on_an_idle_connection_only(run: Run) -> None:
