@@ -349,6 +349,10 @@ def test_analyses_on_a_full_disk_are_one_line(tmp_path: Path) -> None:
     for arguments in (
         ("analyze", path, "--csv-dir", tmp_path / "csv"),
         ("failures", path, "--json", tmp_path / "f.json"),
+        ("analyze", path, "--html", tmp_path / "r.html"),
+        ("analyze", path, "--json", tmp_path / "a.json"),
+        ("compare", path, path, "--json", tmp_path / "c.json"),
+        ("fit", path, "-o", tmp_path / "p.json"),
     ):
         status, text = burstgate(*arguments, limit_bytes=200)
         assert (status, text.count("\n")) == (1, 1), (arguments, text)
