@@ -13,19 +13,21 @@ from storage.engine import database_errors
 from storage.rollup import (
     ALL_MODELS,
     BUCKETS,
-    HOUR_S,
     KINDS,
-    MINUTE_S,
     MODEL,
+    STEPS_S,
     bucket_bounds_s,
     counts_of,
     latencies_of,
+    steps_of,
     stretches,
 )
 from storage.schema import requests, rollup_dirty, rollup_latencies, rollups
 
 MAX_MINUTES = 360
 """Marked minutes that `read_history` adds up by itself; of more (an import at work) only the newest."""
+
+MAX_NAMED_STEPS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def read_history(
     Raises DatabaseUnavailable.
     """
     step_s = step_for(end_s - start_s, points)
-    base_s = HOUR_S if step_s >= HOUR_S else MINUTE_S
+    bases_s = [base_s for base_s in reversed(STEPS_S) if step_s % base_s == 0]
     first_s = math.floor(start_s / step_s) * step_s
     last_s = math.ceil(end_s / step_s) * step_s
     dialect = engine.dialect.name
@@ -80,22 +82,29 @@ def read_history(
                 .limit(MAX_MINUTES)
             ).scalars()
         )
-        # Hours with a marked minute are taken by the minute.
-        hours = sorted({math.floor(minute / HOUR_S) * HOUR_S for minute in marked}) if base_s == HOUR_S else []
         for table, frames in ((rollups, counts), (rollup_latencies, latencies)):
             at = table.c.at
             wanted = [at >= first_s, at < last_s, table.c.origin.in_(origins)]
             if models:
                 wanted.append(table.c.model.in_(models))
             if table is rollup_latencies:
-                kinds = KINDS if models else [f"{ALL_MODELS}{kind}" for kind in KINDS]
-                wanted.append(table.c.kind.in_(kinds))
-            whole = [*wanted, table.c.step_s == base_s, at.not_in(hours if base_s == HOUR_S else marked)]
-            frames.append(_read(connection, table, whole, step_s))
-            if hours:
-                parts = sa.or_(*(sa.and_(at >= hour, at < hour + HOUR_S) for hour in hours))
-                by_minute = [*wanted, table.c.step_s == MINUTE_S, at.not_in(marked), parts]
-                frames.append(_read(connection, table, by_minute, step_s))
+                if models:
+                    wanted.append(table.c.kind.in_(KINDS))
+                else:
+                    wanted += [table.c.model == "", table.c.kind.in_([f"{ALL_MODELS}{kind}" for kind in KINDS])]
+            # The longest steps; of those with a marked minute the shorter ones, and so on to the minutes.
+            rest: list[sa.ColumnElement[bool]] = [sa.true()]
+            for base_s in bases_s:
+                stale = steps_of(marked, base_s)
+                whole = [*wanted, table.c.step_s == base_s, sa.or_(*rest), at.not_in(stale)]
+                if (
+                    last_s - first_s
+                ) // base_s <= MAX_NAMED_STEPS:  # so that the rest of the key is sought, not filtered
+                    whole.append(at.in_(range(first_s, last_s, base_s)))
+                frames.append(_read(connection, table, whole, step_s, base_s))
+                rest = [sa.and_(at >= start, at < end) for start, end in stretches(stale, base_s, math.inf)]
+                if not rest:
+                    break
         for stretch in stretches(marked):
             chosen = sa.and_(requests.c.origin.in_(origins), *([MODEL.in_(models)] if models else []))
             counts.append(_frame(connection, counts_of(dialect, step_s, *stretch).where(chosen)))
@@ -107,15 +116,16 @@ def read_history(
 
 
 def _read(
-    connection: sa.Connection, table: sa.Table, wanted: Sequence[sa.ColumnElement[bool]], step_s: int
+    connection: sa.Connection, table: sa.Table, wanted: Sequence[sa.ColumnElement[bool]], step_s: int, base_s: int
 ) -> pl.DataFrame:
     sums = [column for column in table.c if column.name in _SUMS]
     keys = [column for column in table.c if column.name in _KEYS[table.name]]
+    if step_s == base_s:  # nothing to add up, and the database need not sort
+        return _frame(connection, sa.select(table.c.at, *keys, *sums).where(*wanted))
     step = sa.literal_column(str(step_s), sa.BigInteger())
     at = table.c.at - (table.c.at % step + step) % step  # of whole seconds: also before 1970, and twice as quick
     statement = (
         sa.select(
-            sa.literal_column(str(step_s)).label("step_s"),
             at.label("at"),
             *keys,
             *(sa.cast(sa.func.sum(column), sa.BigInteger()).label(column.name) for column in sums),
@@ -134,7 +144,8 @@ _KEYS = {"rollups": ("origin", "model", "upstream", "outcome"), "rollup_latencie
 def _frame(connection: sa.Connection, statement: sa.Select[tuple[object, ...]]) -> pl.DataFrame:
     result = connection.execute(statement)
     names = list(result.keys())
-    columns = list(zip(*result.all(), strict=True)) or [()] * len(names)
+    rows = result.cursor.fetchall() if result.cursor is not None else []  # the driver's own: there may be many
+    columns = list(zip(*rows, strict=True)) or [()] * len(names)
     return pl.DataFrame(
         [
             pl.Series(name, values, dtype=kind)

@@ -1,4 +1,4 @@
-"""Requests added up by minute and by hour, so that a year's history is as quick to draw as an hour's.
+"""Requests added up by minute, five minutes, hour and six hours: a year's history is as quick to draw as an hour's.
 
 `rollups` counts requests and tokens by (step, start, origin, model, upstream, outcome), `rollup_latencies` holds
 histograms of TTFT, TPOT and end to end. Whatever inserts requests marks their minutes in `rollup_dirty`, in the same
@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import sqlalchemy as sa
 
@@ -24,7 +25,10 @@ from storage.schema import requests, rollup_dirty, rollup_latencies, rollups
 ALL_MODELS = "all_"
 """How kinds of latencies begin that are of all models together."""
 MINUTE_S = 60
-HOUR_S = 3600
+STEPS_S = (MINUTE_S, 300, 3600, 21_600)
+"""What is added up, each from the one before it, of which it is a multiple."""
+_LONGEST_S = 3600
+"""Of rows that are read at a time."""
 BUCKETS = 80
 """The last one holds everything above 2^(79/4) ms, 885 s."""
 KINDS = {"ttft": requests.c.ttft_s, "tpot": requests.c.tpot_s, "e2e": requests.c.elapsed_s}
@@ -118,22 +122,30 @@ def latencies_of(dialect: str, step_s: int, first_s: int, end_s: int, kind: str)
     )
 
 
-def stretches(minutes: Sequence[int], longest_s: int = HOUR_S) -> Iterator[tuple[int, int]]:
-    """Neighbouring minutes as (start, end), none longer than `longest_s`."""
+def stretches(
+    starts: Sequence[int], step_s: int = MINUTE_S, longest_s: float = _LONGEST_S
+) -> Iterator[tuple[int, int]]:
+    """Neighbouring steps, in order, as (start, end), none longer than `longest_s` (or one step)."""
     first = last = None
-    for minute in minutes:
-        if first is not None and last is not None and (minute != last + MINUTE_S or minute - first >= longest_s):
-            yield first, last + MINUTE_S
-            first = minute
+    for start in starts:
+        if first is not None and last is not None and (start != last + step_s or start - first >= longest_s):
+            yield first, last + step_s
+            first = start
         elif first is None:
-            first = minute
-        last = minute
+            first = start
+        last = start
     if first is not None and last is not None:
-        yield first, last + MINUTE_S
+        yield first, last + step_s
+
+
+def steps_of(minutes: Sequence[int], step_s: int) -> list[int]:
+    """The starts of the steps in which these minutes lie, in order."""
+    return sorted({math.floor(minute / step_s) * step_s for minute in minutes})
 
 
 def roll(engine: sa.Engine, now_s: float, *, limit: int = 60) -> int:
-    """Add up the newest `limit` marked minutes that are over, and their hours; returns how many they were.
+    """Add up the newest `limit` marked minutes that are over, and the longer steps they lie in; returns how many they
+    were.
 
     One transaction: a minute's sums are whole, old or new. Raises DatabaseUnavailable.
     """
@@ -170,8 +182,9 @@ def roll(engine: sa.Engine, now_s: float, *, limit: int = 60) -> int:
                     )
                 )
             _add_all_models(connection, first_s, end_s)
-        for hour_s in sorted({math.floor(minute / HOUR_S) * HOUR_S for minute in minutes}):
-            _roll_hour(connection, hour_s)
+        for base_s, step_s in pairwise(STEPS_S):
+            for first_s, end_s in stretches(steps_of(minutes, step_s), step_s):
+                _add_up(connection, base_s, step_s, first_s, end_s)
         return len(minutes)
 
 
@@ -200,23 +213,26 @@ _ROLL_LOCK = 5_236_914_402_211
 """Key of the advisory lock under which PostgreSQL's sums are made."""
 
 
-def _roll_hour(connection: sa.Connection, hour_s: int) -> None:
+def _add_up(connection: sa.Connection, base_s: int, step_s: int, first_s: int, end_s: int) -> None:
+    """Whole steps anew, from the sums of shorter ones."""
     for table, sums in (
         (rollups, ("requests", "request_tokens", "response_tokens")),
         (rollup_latencies, ("requests",)),
     ):
         keys = [column for column in table.c if column.name not in (*sums, "step_s", "at")]
-        connection.execute(sa.delete(table).where(table.c.step_s == HOUR_S, table.c.at == hour_s))
+        step = sa.literal_column(str(step_s), sa.BigInteger())
+        at = table.c.at - (table.c.at % step + step) % step
+        connection.execute(sa.delete(table).where(table.c.step_s == step_s, table.c.at >= first_s, table.c.at < end_s))
         connection.execute(
             sa.insert(table).from_select(
                 [column.name for column in table.c],
                 sa.select(
-                    sa.literal_column(str(HOUR_S)),
-                    sa.literal_column(str(hour_s)),
+                    sa.literal_column(str(step_s)),
+                    at,
                     *keys,
                     *(sa.cast(sa.func.sum(table.c[name]), sa.BigInteger()) for name in sums),
                 )
-                .where(table.c.step_s == MINUTE_S, table.c.at >= hour_s, table.c.at < hour_s + HOUR_S)
-                .group_by(*keys),
+                .where(table.c.step_s == base_s, table.c.at >= first_s, table.c.at < end_s)
+                .group_by(at, *keys),
             )
         )

@@ -99,7 +99,16 @@ sa.Index(
     sqlite_where=_HAS_SESSION,
     postgresql_where=_HAS_SESSION,
 )
-sa.Index("requests_failures", requests.c.received_at, sqlite_where=_IS_FAILURE, postgresql_where=_IS_FAILURE)
+sa.Index(  # what failures are looked for by stands in it, so that those that are not wanted are never read
+    "requests_failures",
+    requests.c.received_at,
+    requests.c.request_id,
+    requests.c.origin,
+    requests.c.outcome,
+    requests.c.model,
+    sqlite_where=_IS_FAILURE,
+    postgresql_where=_IS_FAILURE,
+)
 
 writers = sa.Table(
     "writers",
@@ -188,7 +197,11 @@ api_keys = sa.Table(
 def _step_keys() -> tuple[sa.Column[Any], ...]:
     return (
         sa.Column(
-            "step_s", sa.BigInteger(), primary_key=True, autoincrement=False, comment="seconds added up: 60, 3600"
+            "step_s",
+            sa.BigInteger(),
+            primary_key=True,
+            autoincrement=False,
+            comment="seconds added up: 60, 300, 3600, 21600",
         ),
         sa.Column(
             "at", sa.BigInteger(), primary_key=True, autoincrement=False, comment="start of the step, epoch seconds"
@@ -207,7 +220,7 @@ rollups = sa.Table(
     sa.Column("requests", sa.BigInteger(), nullable=False, comment="how many"),
     sa.Column("request_tokens", sa.BigInteger(), nullable=False, comment="sum of the known ones"),
     sa.Column("response_tokens", sa.BigInteger(), nullable=False, comment="sum of the known ones"),
-    comment="requests added up by minute and hour",
+    comment="requests added up by minute, five minutes, hour and six hours",
     sqlite_with_rowid=False,
 )
 
@@ -225,7 +238,7 @@ rollup_latencies = sa.Table(
         "bucket", sa.BigInteger(), primary_key=True, autoincrement=False, comment="n: up to 2^(n/4) ms; 79: above"
     ),
     sa.Column("requests", sa.BigInteger(), nullable=False, comment="how many"),
-    comment="histograms of latency by minute and hour",
+    comment="histograms of latency by the same steps",
     sqlite_with_rowid=False,
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -19,7 +20,7 @@ import polars as pl
 import pytest
 
 from storage.query import Filter
-from tests.e2e.harness import Installation, ScriptedUpstream, Simulator, wait_until
+from tests.e2e.harness import Installation, ScriptedUpstream, Simulator, burstgate, wait_until
 
 CHROMIUM = Path("/usr/bin/chromium")
 # Without these it looks for hosts of its own, many at a time.
@@ -362,3 +363,39 @@ def test_a_burst_is_marked(show: Callable[..., Any], world: World) -> None:
         page.locator(".chart .annotation", has_text="burst").first.wait_for()
     finally:
         world.load.rate_rps = 12.0
+
+
+@pytest.mark.parametrize(("role", "is_read_only"), [("viewer", False), ("admin", True)])
+def test_who_may_only_look_sees_no_buttons(browser: Any, tmp_path: Path, role: str, is_read_only: bool) -> None:
+    made = burstgate("keys", "admin", "create", "wall", "--role", role, "--data-dir", tmp_path)
+    token = made.stdout.split()[-1]
+    env = {"BURSTGATE_CONTROL__REQUIRE_TOKEN": "true", "BURSTGATE_INJECTION__ALLOWED": "true"}
+    flags = ("--read-only",) if is_read_only else ()
+    with (
+        Simulator("--models", "small") as simulator,
+        Installation(simulator.url, data_dir=tmp_path, env=env, flags=flags) as gateway,
+        contextlib.closing(browser.new_context()) as context,
+    ):
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.goto(gateway.control_url)
+        assert page.url.endswith("/login")
+        page.get_by_label("Token").fill("not one")
+        page.get_by_role("button").click()
+        assert page.url.endswith("/login")
+        page.get_by_label("Token").fill(token)
+        page.get_by_role("button").click()
+        page.wait_for_selector("#stream[data-state=live]")
+        row_of(page, "Upstreams", "up").first.wait_for()
+        assert page.get_by_role("button", name="Drain").count() == 0
+        for view, words in (("act", "read-only" if is_read_only else "Your role is viewer"), ("config", "Settings")):
+            page.goto(f"{gateway.control_url}/#{view}")
+            page.locator("main", has_text=words).wait_for()
+        assert page.locator("#inject").get_by_role("button").all() == [] or not page.locator("#inject").is_visible()
+        assert page.get_by_role("button", name="Roll back").count() == 0
+        # What the page does not offer, the session can not do either.
+        refused = page.evaluate(
+            "async () => (await fetch('/api/v1/injections', {method: 'POST', body: '{}',"
+            " headers: {'content-type': 'application/json'}})).status"
+        )
+        assert refused == 403

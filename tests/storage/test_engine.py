@@ -92,7 +92,7 @@ def test_a_revision_that_is_not_known_is_named(database_url: str, run: object) -
     engine = open_engine(database_url)
     upgrade(engine)
     assert callable(run)
-    with pytest.raises(SchemaError, match=r"'9999'.*knows revisions up to '0006'"):
+    with pytest.raises(SchemaError, match=r"'9999'.*knows revisions up to '0007'"):
         run(engine)
     engine.dispose()
 
@@ -125,7 +125,7 @@ def test_processes_that_upgrade_at_once_all_succeed_from_any_folder(database_url
         )
         for _ in range(4)
     ]
-    assert [process.communicate(timeout=60) for process in started] == [("0006\n", "")] * 4
+    assert [process.communicate(timeout=60) for process in started] == [("0007\n", "")] * 4
 
 
 def test_a_migration_that_fails_leaves_nothing(sqlite_url: str) -> None:
@@ -149,5 +149,5 @@ def test_a_locked_file_is_said_to_be_locked(sqlite_url: str, monkeypatch: pytest
         upgrade(engine)
     holder.close()
     upgrade(engine)
-    assert current(engine) == "0006"
+    assert current(engine) == "0007"
     engine.dispose()

@@ -56,7 +56,7 @@ def test_up_and_down_with_rows(database_url: str) -> None:
     engine = open_engine(database_url)
     assert current(engine) is None
     upgrade(engine)
-    assert current(engine) == "0006"
+    assert current(engine) == "0007"
     assert _fill(engine) == 5
     upgrade(engine)  # nothing to do: the rows stay
     with engine.connect() as connection:

@@ -1,4 +1,4 @@
-"""The sums by minute and hour against the rows themselves, added up here in plain Python."""
+"""The sums by minute and longer steps against the rows themselves, added up here in plain Python."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.engine import downgrade, upgrade
 from storage.history import History, quantile_s, read_history, step_for
-from storage.rollup import BUCKETS, bucket_bounds_s, roll
-from storage.schema import rollup_dirty, rollups
+from storage.rollup import BUCKETS, STEPS_S, bucket_bounds_s, roll
+from storage.schema import rollup_dirty, rollup_latencies, rollups
 from storage.sink import open_sink
 from traces.record import Origin, Outcome, TraceRecord
 
@@ -86,7 +87,14 @@ def test_history_is_the_rows_added_up(engine: sa.Engine, rolled: str) -> None:
     if rolled == "all, then late rows":
         sink.commit([*late, *rows[:7]])  # and some that were there: nothing counts twice
         rows = rows + late
-    for span_s, points in ((3 * 3600, 200), (3 * 3600, 40), (86_400, 24), (30 * 86_400, 30)):
+    for span_s, points in (
+        (3 * 3600, 200),
+        (3 * 3600, 40),
+        (3 * 3600, 12),
+        (86_400, 24),
+        (86_400, 4),
+        (30 * 86_400, 30),
+    ):
         found = read_history(engine, DAY_S, DAY_S + span_s, points=points, origins=("client",))
         assert_equal(found, rows, DAY_S, DAY_S + span_s, ("client",))
     one = read_history(engine, DAY_S, DAY_S + 3 * 3600, models=("a",))
@@ -102,7 +110,7 @@ def test_history_is_the_rows_added_up(engine: sa.Engine, rolled: str) -> None:
         by_step = connection.execute(
             sa.select(rollups.c.step_s, sa.func.sum(rollups.c.requests)).group_by(rollups.c.step_s)
         ).all()
-    assert {step: int(total) for step, total in by_step} == {60: len(rows), 3600: len(rows)}
+    assert {step: int(total) for step, total in by_step} == dict.fromkeys(STEPS_S, len(rows))
     assert_equal(read_history(engine, DAY_S, DAY_S + 3 * 3600, points=3), rows, DAY_S, DAY_S + 3 * 3600, ("client",))
 
 
@@ -147,3 +155,22 @@ def test_quantiles_are_within_a_buckets_width(values_s: list[float], share: floa
 def test_nothing_has_no_quantile() -> None:
     assert quantile_s([], 0.5) is None
     assert quantile_s([(BUCKETS - 1, 3)], 0.5) == bucket_bounds_s()[-1]
+
+
+def test_sums_of_a_database_from_before_the_longer_steps(engine: sa.Engine) -> None:
+    rows = records(300, 3, first_s=-7200.0, span_s=30 * 3600)
+    open_sink(engine).commit(rows)
+    while roll(engine, DAY_S):
+        pass
+
+    def sums() -> list[tuple[object, ...]]:
+        with engine.connect() as connection:
+            return [tuple(row) for table in (rollups, rollup_latencies) for row in connection.execute(
+                sa.select(table).order_by(*table.primary_key.columns)
+            )]  # fmt: skip
+
+    before = sums()
+    downgrade(engine, "0006")
+    assert {row[0] for row in sums()} == {60, 3600}
+    upgrade(engine)
+    assert sums() == before
