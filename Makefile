@@ -20,9 +20,12 @@ test: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not vllm" $(ALONE:%=--ignore=%)
 	$(BIN)/python -m pytest -m "not slow and not vllm" $(ALONE)
 
-# The rest: the long crash and outage rounds, and the suites against a real vLLM where one can be had.
+# The rest: the long crash and outage rounds, then what counts milliseconds for a minute, and the suites against a real
+# vLLM where one can be had.
+PACED := tests/proxy/test_shaper.py
 test-slow: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not vllm"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not vllm" $(PACED:%=--ignore=%)
+	$(BIN)/python -m pytest -n 2 -m "slow and not vllm" $(PACED)
 	$(BIN)/python -m pytest -m vllm
 
 # The data plane's tests against a data plane that is compiled, as it is for a release; needs a C compiler.

@@ -85,7 +85,7 @@ def open_recorder(settings: Settings, *, wait_s: float = 0.0) -> HandingRecorder
 
 
 class Roller:
-    """Keeps the sums by minute and hour (storage/rollup.py), in a thread beside the recorder; never in its way.
+    """Keeps the sums by minute and longer steps (storage/rollup.py), in a thread beside the recorder; never in its way.
 
     A transaction takes about `BUSY_S`, for which SQLite's other writers wait: how many minutes it adds up follows from
     how long the last one took.
