@@ -831,9 +831,24 @@ def _check_known(key: str, shown: str, place: str, spell: Mapping[str, str]) -> 
         raise ConfigError(f"{place}: unknown setting '{shown}'; the nearest known one is '{spell[near[0]]}'")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's own loader lets the last of equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"'{key.value}' stands there twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _from_file(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: can not be read: {error.strerror}") from None
     except UnicodeDecodeError:

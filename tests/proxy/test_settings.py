@@ -144,6 +144,8 @@ def test_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
         ({"text": "just text"}, "FILE: expected a mapping of settings, got str"),
         ({"text": "port: [1\nhost: x"}, "FILE:2: not YAML: *"),
         ({"text": "\tport: 1"}, "FILE:1: not YAML: *"),
+        ({"text": "port: 1\nlog: {format: json}\nport: 2"}, "FILE:3: not YAML: 'port' stands there twice"),
+        ({"text": "log:\n  format: json\n  format: text"}, "FILE:3: not YAML: 'format' stands there twice"),
         ({"text": b"port: \x00"}, "FILE: not YAML: *"),
         ({"text": b"gateway: \xff\xfe"}, "FILE: expected UTF-8 text"),
         ({"text": "[" * 1500}, "FILE: not YAML: *"),
