@@ -51,13 +51,14 @@ def test_bursts_cost_latency_and_preemptions(small_vllm_url: str, real_traces: P
     found = msgspec.json.decode(file.read_bytes(), type=Sweep)
     assert len(found.cells) == 6
     assert all(cell.ok == cell.requests == 30 for cell in found.cells)
-    preempted, ttft_p99_s = (
+    preempted, ttft_p50_s = (
         {
             name: sum(getattr(cell, figure) for cell in found.cells if cell.arrivals == name)
             for name in ("poisson", "gamma 0.05", "trace")
         }
-        for figure in ("preemptions", "ttft_p99_s")
+        for figure in ("preemptions", "ttft_p50_s")
     )
     assert preempted["gamma 0.05"] > preempted["poisson"], done.stdout
     assert preempted["gamma 0.05"] + preempted["trace"] > 2 * preempted["poisson"], done.stdout
-    assert ttft_p99_s["gamma 0.05"] > ttft_p99_s["poisson"], done.stdout
+    # Of 30 requests the 99th percentile is the slowest, and one hiccup of a shared machine (0.17 s was seen) makes it.
+    assert ttft_p50_s["gamma 0.05"] > ttft_p50_s["poisson"], done.stdout
