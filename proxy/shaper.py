@@ -290,6 +290,7 @@ class Shaper:
                 shared = self._shared
                 if shared is not None:
                     await self._lease(shared)
+                    _heed_cancellation()
         finally:
             if self._shared is not None:
                 await self._shared.close()
@@ -333,6 +334,7 @@ class Shaper:
             try:
                 await shared.ping()
             except SharedLimitsGone:
+                _heed_cancellation()
                 continue
             break
         if self._shared is shared:
@@ -399,3 +401,10 @@ def read_pattern(path: Path, seed: int) -> array.array[float]:
     if not len(gaps_s) or not gaps_s.any():
         raise ValueError(f"{path}: expected two arrivals at different times, got fewer")
     return array.array("d", gaps_s.tolist())
+
+
+def _heed_cancellation() -> None:
+    """Raise what the Redis client keeps for itself: that the task is to end (redis 8.1 swallows every other time)."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -458,6 +458,21 @@ async def test_two_workers_keep_the_global_limit_within_2_percent(redis: Redis) 
 
 
 @in_loop
+async def test_leasing_ends_when_it_is_cancelled(redis: Redis) -> None:
+    """At any moment of a round trip; redis-py swallows a cancellation."""
+    gone_s: list[float] = []
+    for number in range(40):
+        shaper, _ = worker(redis, requests_per_s=10_000, burst=1)
+        chore = asyncio.create_task(shaper.run())
+        for _ in range(200):
+            come(shaper, gone_s)
+        await asyncio.sleep(0.002 + number * 0.0001)
+        chore.cancel()
+        ended, _ = await asyncio.wait([chore], timeout=2.0)
+        assert ended, f"run {number}"
+
+
+@in_loop
 async def test_redis_killed_means_parts_and_it_comes_back(redis: Redis) -> None:
     gone_s: list[float] = []
     shaper, counted = worker(redis, requests_per_s=200, burst=10)
