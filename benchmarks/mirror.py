@@ -1,6 +1,6 @@
 """What shadow traffic costs its primaries: p99 and worker CPU with a target that is healthy, dead, slow or stalled.
 
-    python -m benchmarks.mirror [--rounds 9] [--seconds 2] [--path FOLDER] [--out FILE]
+    python -m benchmarks.mirror [--rounds 5] [--seconds 2] [--path FOLDER] [--out FILE]
 
 Every request is mirrored (`share: 1`), plain chats of 0.6 KB. For each case two gateways, with the mirror and without,
 take turns, one idle meanwhile, and ratios are those of one round: what slows the machine for a while meets both. CPU is
@@ -174,7 +174,7 @@ def measure(rounds: int, seconds: float, path: Path | None, cases: tuple[str, ..
 def main() -> None:
     """Measure, and print medians of the rounds' ratios to the mirror off."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--path", type=Path)
     parser.add_argument("--out", type=Path)
