@@ -28,6 +28,7 @@ MAX_MINUTES = 360
 """Marked minutes that `read_history` adds up by itself; of more (an import at work) only the newest."""
 
 MAX_NAMED_STEPS = 1000
+"""Up to which a stretch names its steps, so that the database seeks the rest of the key in each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +98,7 @@ def read_history(
             for base_s in bases_s:
                 stale = steps_of(marked, base_s)
                 whole = [*wanted, table.c.step_s == base_s, sa.or_(*rest), at.not_in(stale)]
-                if (
-                    last_s - first_s
-                ) // base_s <= MAX_NAMED_STEPS:  # so that the rest of the key is sought, not filtered
+                if (last_s - first_s) // base_s <= MAX_NAMED_STEPS:
                     whole.append(at.in_(range(first_s, last_s, base_s)))
                 frames.append(_read(connection, table, whole, step_s, base_s))
                 rest = [sa.and_(at >= start, at < end) for start, end in stretches(stale, base_s, math.inf)]
