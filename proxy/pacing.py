@@ -9,9 +9,10 @@
 
 How many are held varies, and with it the clock, by v = var / mean^2. That makes even gaps vary more, and long gaps
 shorter, as the clock gains while more and more are held. In simulations (20 to 200 requests/s, budgets of 1 to 4 s,
-CVs of 0.2 to 3, in and out) cv^2 came out higher than drawn by v (1.15 - 0.8 cv^2), within 4 % of the CV. v is
-measured, and so much is taken off what is drawn; where nothing is left, gaps are equal. Below about ten held on
-average (rate * budget / 2) asked and achieved part: both are reported.
+CVs of 0.2 to 3, in and out) cv^2 came out higher than drawn by v (1.15 - 0.8 cv^2). v is measured, and so much is taken
+off what is drawn; what is wrong with that shows in the gaps that come out, and is taken off as well, by and by
+(integral control); where nothing is left, gaps are equal. Below about ten held on average (rate * budget / 2) asked and
+achieved part: both are reported.
 
 Times are monotonic nanoseconds given by the caller, who calls `take` when `next_ns` has come; draws are the caller's.
 """
@@ -26,6 +27,12 @@ from typing import Final, Generic, TypeVar
 MEMORY: Final = 2000
 """Leavings over which CVs and delays are averaged."""
 NEVER_NS: Final = 1 << 63
+SETTLED: Final = 4
+"""Times as many as are held must have left before what is measured counts: until then more and more are held."""
+RECENT: Final = 500
+"""Leavings over which the CV is taken that is compared with the one asked for."""
+GAIN: Final = 1 / 2500
+"""Of the difference of their squares, what is taken off the next gap's. Above 1 / (4 RECENT) it would swing."""
 _EVEN: Final = 1e6
 """The shape from which on gaps are as good as equal."""
 
@@ -35,20 +42,26 @@ Gaps = Callable[[float], float]
 
 
 class Moments:
-    """Mean and CV of the last values, exponentially forgetting; of the first MEMORY all alike."""
+    """Mean and CV of the last values, exponentially forgetting; of the first `memory` all alike."""
 
-    __slots__ = ("_count", "_square", "mean")
+    __slots__ = ("_count", "_memory", "_square", "mean")
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int = MEMORY) -> None:
+        self._memory = memory
         self._count = 0
         self.mean = 0.0
         self._square = 0.0
 
     def add(self, value: float) -> None:
         """One more."""
-        self._count = min(self._count + 1, MEMORY)
+        self._count = min(self._count + 1, self._memory)
         self.mean += (value - self.mean) / self._count
         self._square += (value * value - self._square) / self._count
+
+    @property
+    def is_full(self) -> bool:
+        """As many were added as are remembered."""
+        return self._count == self._memory
 
     @property
     def cv(self) -> float | None:
@@ -108,6 +121,10 @@ class Pacer(Generic[T]):
         self._gap_ns = 1e9 / peak_rps if peak_rps else 0.0
         self._gaps = gaps
         self._clock = Moments()
+        self._recent = Moments(RECENT)
+        self._leavings = 0
+        self._excess = 0.0
+        """Of cv^2, what came out above what was asked for."""
         self._rest = 0.0
         """Of the gap that runs, in operational time."""
         self._at_ns = 0
@@ -176,15 +193,23 @@ class Pacer(Generic[T]):
 
     def _count(self, now_ns: int, came_ns: int) -> None:
         if self._left_ns:
-            self.left.add((now_ns - self._left_ns) / 1e9)
+            gap_s = (now_ns - self._left_ns) / 1e9
+            self.left.add(gap_s)
+            self._leavings += 1
+            if self._leavings > SETTLED * (len(self._held) + 1):
+                self._recent.add(gap_s)
+                self._clock.add(len(self._held) + 1.0)
         self._left_ns = now_ns
         self.delays.add((now_ns - came_ns) / 1e9)
 
     def _draw(self, gaps: Gaps) -> float:
         asked = (self.asked_cv or 0.0) ** 2
-        self._clock.add(len(self._held) + 1.0)
         v = (self._clock.cv or 0.0) ** 2
-        return gaps(math.sqrt(max(0.0, asked - v * (1.15 - 0.8 * asked))))
+        drawn = asked - v * (1.15 - 0.8 * asked)
+        if self._recent.is_full:
+            self._excess += GAIN * ((self._recent.cv or 0.0) ** 2 - asked)
+            self._excess = min(max(self._excess, drawn - 2 * asked), drawn)
+        return gaps(math.sqrt(max(0.0, drawn - self._excess)))
 
     def _run(self, now_ns: int, *, held: int | None = None) -> None:
         """Let operational time pass."""

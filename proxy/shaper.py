@@ -20,7 +20,7 @@ from proxy.pacing import Gaps, Pacer, cv_of, gamma_gaps, pattern_gaps
 from proxy.settings import PacingSettings, Settings
 from proxy.shaping import KEY_RULE, NEVER_NS, Shaping, Ticket
 from proxy.shaping_view import PacingView, RuleView, ShapingView
-from proxy.shared_limits import SharedLimits, SharedLimitsGone, Wanted
+from proxy.shared_limits import SharedLimits, SharedLimitsGone, Wanted, WantedPlaces
 from storage.key_file import NO_LIMITS, CachedKey, KeyLimits
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Shaper:
         self._answer_tokens = DEFAULT_ANSWER_TOKENS
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = NEVER_NS
+        self._ask_timer: asyncio.TimerHandle | None = None
         self._is_turning = False
         self._held: set[Ticket] = set()
         self._shared: SharedLimits | None = None
@@ -156,7 +157,7 @@ class Shaper:
         """True when it may go on now; else it is refused (`refusal`), or held: its owner hears of it."""
         self._offer(ticket, ticket.arrived_ns)
         if ticket.is_through:
-            if self._core.leases:
+            if self._core.leases or self._core.asks_places:
                 self._asked.set()
             if self._core.next_ns < self._timer_ns:
                 self._plan()
@@ -244,7 +245,7 @@ class Shaper:
             self._broke()
         finally:
             self._is_turning = False
-        if self._core.leases:
+        if self._core.leases or self._core.asks_places:
             self._asked.set()
         self._metrics().shaping_waiting(len(self._held))
         self._plan()
@@ -292,35 +293,50 @@ class Shaper:
                     await self._lease(shared)
                     _heed_cancellation()
         finally:
+            self._ask_at(NEVER_NS)
             if self._shared is not None:
                 await self._shared.close()
 
     async def _lease(self, shared: SharedLimits) -> None:
+        core = self._core
         now_ns = time.monotonic_ns()
-        leases = self._core.leases
-        due = [key for key, (rate, _) in leases.items() if rate.retry_ns <= now_ns]
-        if not due:
-            soon_ns = min((rate.retry_ns for rate, _ in leases.values()), default=0)
-            if soon_ns:
-                asyncio.get_running_loop().call_later((soon_ns - now_ns) / 1e9, self._asked.set)
-            return
         rates = []
         wanted = []
-        for key in due:
-            rate, waiting = leases.pop(key)
+        for key in [key for key, (rate, _) in core.leases.items() if rate.retry_ns <= now_ns]:
+            rate, waiting = core.leases.pop(key)
             rates.append(rate)
             wanted.append(Wanted(key, rate.interval_ns, rate.burst, rate.wanted(waiting, now_ns), rate.owed))
-        try:
-            granted = await shared.lease(wanted)
-        except SharedLimitsGone as error:
-            await self._without(shared, error)
-            return
-        now_ns = time.monotonic_ns()
-        for rate, asked, each in zip(rates, wanted, granted, strict=True):
-            rate.owed -= asked.owed
-            rate.lease(each.cells, each.ahead_ns, now_ns)
-        self._core.touch_all()
-        self._turn()
+        buckets = core.places_due(now_ns)
+        places = []
+        for bucket in buckets:
+            assert bucket.places is not None
+            used, needed, beside = bucket.ask_places()
+            places.append(WantedPlaces(bucket.places.key, bucket.places.total, used, needed, beside))
+        if wanted or places:
+            try:
+                granted, granted_places = await shared.lease(wanted, places)
+            except SharedLimitsGone as error:
+                await self._without(shared, error)
+                return
+            now_ns = time.monotonic_ns()
+            for rate, asked, each in zip(rates, wanted, granted, strict=True):
+                rate.owed -= asked.owed
+                rate.lease(each.cells, each.ahead_ns, now_ns)
+            for bucket, need, answer in zip(buckets, places, granted_places, strict=True):
+                core.places_answered(bucket, need.needed, answer.places, now_ns, is_full=answer.is_full)
+            core.touch_all()
+            self._turn()
+        self._ask_at(min((rate.retry_ns for rate, _ in core.leases.values()), default=NEVER_NS), core.places_ns)
+
+    def _ask_at(self, *times_ns: int) -> None:
+        """Ask Redis again at the first of these times."""
+        if self._ask_timer is not None:
+            self._ask_timer.cancel()
+            self._ask_timer = None
+        next_ns = min(times_ns)
+        if next_ns < NEVER_NS:
+            delay_s = max(0.0, (next_ns - time.monotonic_ns()) / 1e9)
+            self._ask_timer = asyncio.get_running_loop().call_later(delay_s, self._asked.set)
 
     async def _without(self, shared: SharedLimits, error: Exception) -> None:
         """Go on with a part of the limits until Redis is back."""

@@ -21,6 +21,12 @@ most B + (w + SLACK_NS) / T go; the slack makes up for timers that come late. A 
 owed, and is owed afterwards. Tokens are estimated when a request comes (prompt + max_tokens) and settled by their true
 number at its end: TAT moves by the difference.
 
+Limits that are leased (`is_leased`) hold over many processes, which get their parts of them from one place: of a rate,
+cells of one GCRA; of a concurrency, places. Who asks for places is told how many it may use from then on: what all need
+where that is no more than there are, else equal parts, least needs first (max-min fair). Until the answer it starts
+nothing beyond what is in flight, which is what it holds for certain. A request that finds nothing leased waits for the
+answer, be its queue full: it is refused when the answer is that there is nothing.
+
 Order is deficit round robin (Shreedhar and Varghese 1996, IEEE/ACM ToN 4(3)): of two that both wait all the time,
 neither gets more than a quantum and two requests' tokens ahead.
 
@@ -64,6 +70,14 @@ OTHERS: Final = "(others)"
 MIN_SAMPLES: Final = 10
 LEASE_S: Final = 0.05
 """Of a global limit, so much is leased ahead at most: what a process that stops keeps from the others."""
+PLACES_NS: Final = 50_000_000
+"""Between two askings for places, so that what is not needed goes to the others."""
+CONTENDED_NS: Final = 10_000_000
+"""The same while all together need more than there are."""
+ANSWER_NS: Final = 250_000_000
+"""The longest that a request waits for the answer to an asking, beyond its own limits."""
+MOST_ASKING: Final = 1000
+"""Requests of a class that do so."""
 WINDOW_NS: Final = 1_000_000_000
 ADAPTIVE_START: Final = 20.0
 ADAPTIVE_RANGE: Final = (4.0, 1000.0)
@@ -144,6 +158,32 @@ class Rate:
             self.owed += difference
 
 
+class Places:
+    """Places in flight, leased of a global limit."""
+
+    __slots__ = ("is_due", "is_full", "key", "limit", "next_ns", "total")
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        """Of the global limit."""
+        self.total = 0
+        """Of all processes together."""
+        self.limit = 0
+        """What this process may use."""
+        self.is_full = False
+        """No more can be had, as last heard."""
+        self.is_due = False
+        """More is needed than is leased."""
+        self.next_ns = 0
+        """When to ask in any case."""
+
+    def answer(self, granted: int, now_ns: int, *, is_full: bool) -> None:
+        """What may be used from now on; is_full: it is less than what was needed."""
+        self.limit = granted
+        self.is_full = is_full or granted >= self.total
+        self.next_ns = now_ns + (CONTENDED_NS if is_full else PLACES_NS)
+
+
 class Gradient:
     """The adaptive limit of one bucket: Gradient2."""
 
@@ -203,9 +243,9 @@ class Gradient:
 class Ticket:
     """One request on its way through the rules."""
 
-    __slots__ = ("arrived_ns", "buckets", "deadline_ns", "held_by", "is_over", "is_through", "key_id", "left_ns",
-                 "log_type", "model", "origin", "owner", "place", "priority", "refusal", "retry_after_s", "seq",
-                 "session", "stage", "tenant", "tokens")  # fmt: skip
+    __slots__ = ("arrived_ns", "asks_ns", "buckets", "deadline_ns", "held_by", "is_over", "is_through", "key_id",
+                 "left_ns", "log_type", "model", "origin", "owner", "place", "priority", "refusal", "retry_after_s",
+                 "seq", "session", "stage", "tenant", "tokens")  # fmt: skip
 
     def __init__(
         self,
@@ -234,6 +274,8 @@ class Ticket:
         self.left_ns = 0
         """When it was admitted or refused, or gave up; 0 before."""
         self.deadline_ns = NEVER_NS
+        self.asks_ns = 0
+        """Its deadline, where it waits for the answer to an asking only; else 0."""
         self.priority = 0
         self.seq = 0
         self.buckets: tuple[Bucket, ...] = ()
@@ -375,7 +417,8 @@ class Queue:
 class Bucket:
     """One class of one rule."""
 
-    __slots__ = ("gradient", "in_flight", "name", "queue", "requests", "reserved", "rule", "slots", "tokens", "wake_ns")
+    __slots__ = ("asking", "gradient", "in_flight", "name", "places", "queue", "requests", "reserved", "rule", "slots",
+                 "tokens", "wake_ns")  # fmt: skip
 
     def __init__(self, rule: Rule, name: str | None) -> None:
         self.rule = rule
@@ -385,7 +428,11 @@ class Bucket:
         self.in_flight = 0
         self.reserved = 0
         """Requests that have passed and not gone."""
+        self.asking = 0
+        """Of those in the queue, who wait for the answer to an asking only."""
         self.slots: int | None = None
+        self.places: Places | None = None
+        """In the place of slots, where they are leased."""
         self.gradient: Gradient | None = None
         self.requests: Rate | None = None
         self.tokens: Rate | None = None
@@ -397,9 +444,14 @@ class Bucket:
         settings, shares = self.rule.settings, self.rule.shares
         adaptive = settings.concurrency == "adaptive"
         self.gradient = (self.gradient or Gradient()) if adaptive else None
-        self.slots = None if not isinstance(settings.concurrency, int) else max(1, settings.concurrency // shares)
-        each = 1 if self.rule.is_leased else shares
         key = f"{self.rule.settings.name}:{self.name or ''}"
+        self.slots = None if not isinstance(settings.concurrency, int) else max(1, settings.concurrency // shares)
+        if self.slots is not None and self.rule.is_leased:
+            self.places = self.places or Places(f"{key}:places")
+            self.places.total = settings.concurrency
+        else:
+            self.places = None
+        each = 1 if self.rule.is_leased else shares
         per_s = settings.requests_per_s
         burst = settings.burst or max(1.0, per_s or 0.0)
         self.requests = _rate(self.requests, f"{key}:requests", per_s, burst, each, self.rule.is_leased)
@@ -410,6 +462,8 @@ class Bucket:
     @property
     def limit(self) -> int | None:
         """Requests that may be in flight."""
+        if self.places is not None:
+            return self.places.limit
         return self.slots if self.gradient is None else max(1, int(self.gradient.limit) // self.rule.shares)
 
     @property
@@ -424,6 +478,29 @@ class Bucket:
             return NEVER_NS
         ready_ns = self.requests.ready_ns(1.0) if self.requests is not None else 0.0
         return ready_ns if self.tokens is None else max(ready_ns, self.tokens.ready_ns(tokens))
+
+    def is_refused(self, tokens: int, now_ns: int) -> bool:
+        """Of what such a request lacks here, it is known that there is none; False where it is to be asked for."""
+        if not self.rule.is_leased:
+            return True
+        places = self.places
+        limit = self.limit
+        if limit is not None and self.in_flight + self.reserved >= limit:
+            return places is None or places.is_full
+        for rate, cost in ((self.requests, 1.0), (self.tokens, float(tokens))):
+            if rate is not None and rate.ready_ns(cost) > now_ns:
+                return rate.reserved + cost <= rate.quota or rate.retry_ns > now_ns
+        return True
+
+    def ask_places(self) -> tuple[int, int, int]:
+        """Used, needed, and wanted beside. Until the answer comes nothing more than what is used now may be."""
+        places = self.places
+        assert places is not None
+        used = self.in_flight + self.reserved
+        needed = used + self.queue.size
+        places.limit = min(places.limit, used)
+        places.is_due = False
+        return used, needed, 1 + needed // 8 if needed else 0
 
     def reserve(self, tokens: int, sign: int) -> None:
         """Keep room for one who has passed (1), or give it up (-1)."""
@@ -548,6 +625,10 @@ class Shaping:
         self.waiting = 0
         self.leases: dict[str, tuple[Rate, float]] = {}
         """Rates of which more is wanted than was leased, and how much those who wait need; by their keys."""
+        self.places: dict[str, Bucket] = {}
+        """Those that have places of a global limit, or need some; by their keys."""
+        self.asks_places = False
+        """Some of them need more than they have."""
         self.configure(rules, keys=keys, ageing_s=ageing_s, shares=shares, is_leased=is_leased, now_ns=0)
 
     def configure(
@@ -593,9 +674,13 @@ class Shaping:
         self._dirty.clear()
         self._deadlines.clear()
         self.leases.clear()
+        self.places.clear()
         for rule in self.rules:
             for bucket in rule.buckets.values():
                 bucket.wake_ns = NEVER_NS
+                if bucket.places is not None and not bucket.is_idle:
+                    self.places[bucket.places.key] = bucket
+                    bucket.places.is_due = self.asks_places = True
         for ticket in sorted(waiting, key=lambda each: each.seq):
             self._prepare(ticket, ticket.arrived_ns)
             if self._pass(ticket, now_ns, may_refuse=False):
@@ -698,7 +783,18 @@ class Shaping:
 
     def _wait(self, ticket: Ticket, bucket: Bucket, now_ns: int, *, may_refuse: bool) -> None:
         settings = bucket.rule.settings
-        if may_refuse and bucket.queue.size >= settings.queue:
+        asks = (
+            may_refuse
+            and (bucket.queue.size >= settings.queue or now_ns >= ticket.deadline_ns)
+            and bucket.asking < MOST_ASKING
+            and (bucket.asking > 0 or not bucket.queue.size)
+            and not bucket.is_refused(ticket.tokens, now_ns)
+        )
+        if asks:
+            ticket.asks_ns = ticket.deadline_ns
+            ticket.deadline_ns = max(ticket.deadline_ns, now_ns + ANSWER_NS)
+            bucket.asking += 1
+        elif may_refuse and bucket.queue.size >= settings.queue:
             weaker = bucket.queue.last_below(ticket.priority)
             if weaker is None:
                 why = f"{settings.queue} requests wait already (queue)" if settings.queue else "no room, and no queue"
@@ -707,7 +803,7 @@ class Shaping:
             self._unqueue(weaker)
             self._refuse(weaker, bucket, f"{settings.queue} requests of higher priority wait (queue)", now_ns)
             self._done.append(weaker)
-        if may_refuse and now_ns >= ticket.deadline_ns:
+        if not asks and may_refuse and now_ns >= ticket.deadline_ns:
             self._refuse(ticket, bucket, "no room, and max_wait_s is 0", now_ns)
             return
         if ticket.held_by is None:
@@ -774,6 +870,9 @@ class Shaping:
         bucket = ticket.place
         assert bucket is not None
         bucket.queue.remove(ticket, is_served=is_served)
+        if ticket.asks_ns:
+            ticket.asks_ns = 0
+            bucket.asking -= 1
         bucket.rule.waiting -= 1
         self.waiting -= 1
         if not is_served:
@@ -845,12 +944,36 @@ class Shaping:
                 ticket = queue.head(now_ns, self._ageing_ns)
                 ready_ns = bucket.ready_ns(ticket.tokens)
                 if ready_ns > now_ns:
+                    if bucket.asking and bucket.is_refused(ticket.tokens, now_ns):
+                        self._refuse_asking(bucket, now_ns)
+                        continue
                     self._want_lease(bucket, ticket.tokens)
                     self._wake_at(bucket, ready_ns)
                     break
                 self._unqueue(ticket, is_served=True)
                 if self._pass(ticket, now_ns, may_refuse=False):
                     self._done.append(ticket)
+
+    def _refuse_asking(self, bucket: Bucket, now_ns: int) -> None:
+        """The answer is no: who waited for it alone is refused, or goes on waiting where queue and time allow it."""
+        queue_size = bucket.rule.settings.queue
+        kept = 0
+        for ticket in list(bucket.queue.tickets()):
+            deadline_ns = ticket.asks_ns
+            if not deadline_ns:
+                kept += 1
+                continue
+            if kept < queue_size and now_ns < deadline_ns:
+                kept += 1
+                ticket.asks_ns = 0
+                bucket.asking -= 1
+                if deadline_ns < ticket.deadline_ns:
+                    ticket.deadline_ns = deadline_ns
+                    heapq.heappush(self._deadlines, (deadline_ns, ticket.seq, ticket))
+                continue
+            self._unqueue(ticket)
+            self._refuse(ticket, bucket, "no room, and no queue" if not queue_size else "no room in time", now_ns)
+            self._done.append(ticket)
 
     def _wake_at(self, bucket: Bucket, ready_ns: float) -> None:
         if ready_ns < NEVER_NS and ready_ns != bucket.wake_ns:
@@ -864,10 +987,48 @@ class Shaping:
         if not self.is_leased:
             return
         queue = bucket.queue
+        places = bucket.places
+        if places is not None:
+            self.places[places.key] = bucket
+            if not places.is_full and bucket.in_flight + bucket.reserved + queue.size >= places.limit:
+                places.is_due = self.asks_places = True  # one ahead, so that the next need not wait
         for rate, cost, waiting in ((bucket.requests, 1, queue.size), (bucket.tokens, tokens, queue.tokens)):
             # Half of what went since the last lease is left: ask early, so that nobody waits for the answer.
             if rate is not None and rate.quota < max(rate.reserved + cost, rate.used / 2, 0.5):
                 self.leases[rate.key] = (rate, rate.reserved + max(cost, waiting))
+
+    def places_due(self, now_ns: int) -> list[Bucket]:
+        """Those for which places are to be asked for now."""
+        self.asks_places = False
+        found = []
+        for bucket in self.places.values():
+            places = bucket.places
+            if places is not None and (places.is_due or places.next_ns <= now_ns):
+                found.append(bucket)
+        return found
+
+    def places_answered(self, bucket: Bucket, needed: int, granted: int, now_ns: int, *, is_full: bool) -> None:
+        """What came of `Bucket.ask_places`."""
+        places = bucket.places
+        if places is None or self.places.get(places.key) is not bucket:
+            return  # the settings have changed meanwhile
+        places.answer(granted, now_ns, is_full=is_full)
+        if bucket.is_idle and not needed:
+            del self.places[places.key]
+        needs = bucket.in_flight + bucket.reserved + bucket.queue.size
+        places.is_due = not places.is_full and needs > granted
+        self.asks_places = self.asks_places or places.is_due
+        if bucket.queue.size:
+            self._touch(bucket)
+
+    @property
+    def places_ns(self) -> int:
+        """When places are to be asked for next; NEVER_NS where none are held."""
+        soonest_ns = NEVER_NS
+        for bucket in self.places.values():
+            if bucket.places is not None:
+                soonest_ns = min(soonest_ns, bucket.places.next_ns)
+        return 0 if self.asks_places else soonest_ns
 
 
 def _limits(settings: RuleSettings) -> bool:
