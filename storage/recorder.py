@@ -45,8 +45,10 @@ BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _begun_decoder = msgspec.msgpack.Decoder(Begun)
 _record_decoder = msgspec.msgpack.Decoder(TraceRecord)
 _BEGUN_HEAD = b"B%c\xd9\x24" % (0x90 | len(Begun.__struct_fields__))
-"""How this version's B frames start: an array of that many fields, of which the first is a text of 36 bytes, the id."""
-_ID = slice(len(_BEGUN_HEAD), len(_BEGUN_HEAD) + 36)
+_ENDED_HEAD = b"E\xdc\x00%c\xd9\x24" % len(TraceRecord.__struct_fields__)
+"""How this version's frames start: an array of that many fields, of which the first is a text of 36 bytes, the id."""
+_BEGUN_ID = slice(len(_BEGUN_HEAD), len(_BEGUN_HEAD) + 36)
+_ENDED_ID = slice(len(_ENDED_HEAD), len(_ENDED_HEAD) + 36)
 
 
 class JournalCorrupt(Exception):
@@ -176,20 +178,16 @@ class SegmentReader:
         """
         if self.offset < self.committed.get(self.segment, 0):
             return False
-        begun: dict[str, bytes] = {}
-        ended: list[TraceRecord] = []
-        decode = _record_decoder.decode
+        ends = [payload for payload in payloads if payload.startswith(_ENDED_HEAD)]
+        begun = {payload[_BEGUN_ID]: payload for payload in payloads if payload.startswith(_BEGUN_HEAD)}
+        if len(ends) + len(begun) != len(payloads):
+            return False
+        ids = [payload[_ENDED_ID] for payload in ends]
         try:
-            for payload in in_turns(payloads):
-                if payload.startswith(b"E"):
-                    ended.append(decode(payload[1:]))
-                elif payload.startswith(_BEGUN_HEAD):
-                    begun[payload[_ID].decode()] = payload
-                else:
-                    return False
-            ids = [record.request_id for record in ended]
-            closed = [request_id for request_id in ids if begun.pop(request_id, None) is None]
-            opened = {request_id: _begun_decoder.decode(payload[1:]) for request_id, payload in begun.items()}
+            closed = [request_id.decode() for request_id in ids if begun.pop(request_id, None) is None]
+            opened = {request_id.decode(): _begun_decoder.decode(payload[1:]) for request_id, payload in begun.items()}
+            decode = _record_decoder.decode
+            ended = [decode(payload[1:]) for some in in_turns(ends) for payload in some]
         except (msgspec.DecodeError, UnicodeDecodeError):
             return False
         for request_id in closed:

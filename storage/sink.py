@@ -181,15 +181,14 @@ _TURN = 64
 _T = TypeVar("_T")
 
 
-def in_turns(items: Iterable[_T]) -> Iterator[_T]:
-    """The items; after every few of them whoever waits for this core goes first.
+def in_turns(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """The items, a few at a time; before each of these whoever waits for this core goes first.
 
     The recorder works in bursts. On a worker's core the kernel would let it work on for some 3 ms, and a request wait.
     """
-    for number, item in enumerate(items):
-        if not number % _TURN:
-            os.sched_yield()
-        yield item
+    for start in range(0, len(items), _TURN):
+        os.sched_yield()
+        yield items[start : start + _TURN]
 
 
 def row_of(record: TraceRecord) -> Row:
@@ -253,6 +252,10 @@ class _SqliteTransaction:
     def insert(self, rows: Sequence[Row]) -> int:
         if not rows:
             return 0
+        self.execute_many("INSERT INTO rollup_dirty (at) VALUES (?)", _minutes(rows))
+        return sum(map(self._insert, in_turns(rows)))
+
+    def _insert(self, rows: Sequence[Row]) -> int:
         # The driver binds text and numbers at once, but looks for an adapter for each None and each bool: of a row's 30
         # values those would cost more than the rest. So columns that are NULL in all rows are left out.
         names: list[str] = []
@@ -261,9 +264,8 @@ class _SqliteTransaction:
             if values.count(None) < len(rows):
                 names.append(name)
                 columns.append(map(int, values) if name == "stream" else values)
-        self.execute_many("INSERT INTO rollup_dirty (at) VALUES (?)", _minutes(rows))
         sql = f"INSERT INTO requests ({', '.join(names)}) VALUES ({', '.join('?' * len(names))}) ON CONFLICT DO NOTHING"
-        return self._cursor.executemany(sql, in_turns(zip(*columns, strict=True))).rowcount
+        return self._cursor.executemany(sql, zip(*columns, strict=True)).rowcount
 
     def execute(self, sql: str, parameters: Sequence[object] = ()) -> int:
         return self._cursor.execute(sql, tuple(parameters)).rowcount
@@ -320,8 +322,9 @@ class _PostgresTransaction:
             self._cursor.execute(statement)
         with self._cursor.copy(self._COPY) as copy:
             copy.set_types(_COPY_TYPES)
-            for row in in_turns(rows):
-                copy.write_row(row)
+            for some in in_turns(rows):
+                for row in some:
+                    copy.write_row(row)
         try:
             return self._cursor.execute(self._INSERT).rowcount
         except psycopg.errors.CheckViolation:  # a partition was dropped since: the next attempt makes it again
@@ -424,7 +427,7 @@ class _DatabaseSink:
         totals: Sequence[WriterTotals],
     ) -> int:
         with transaction(self._engine, self._known_days) as active:
-            inserted = active.insert([row_of(record) for record in in_turns(records)])
+            inserted = active.insert([row_of(record) for some in in_turns(records) for record in some])
             lookup = self._promotions.apply(active, records)
             for writer in totals:
                 _save_totals(active, writer)
