@@ -445,12 +445,13 @@ class Bucket:
         adaptive = settings.concurrency == "adaptive"
         self.gradient = (self.gradient or Gradient()) if adaptive else None
         key = f"{self.rule.settings.name}:{self.name or ''}"
-        self.slots = None if not isinstance(settings.concurrency, int) else max(1, settings.concurrency // shares)
-        if self.slots is not None and self.rule.is_leased:
-            self.places = self.places or Places(f"{key}:places")
-            self.places.total = settings.concurrency
-        else:
-            self.places = None
+        self.slots = None
+        places, self.places = self.places, None
+        if isinstance(settings.concurrency, int):
+            self.slots = max(1, settings.concurrency // shares)
+            if self.rule.is_leased:
+                self.places = places or Places(f"{key}:places")
+                self.places.total = settings.concurrency
         each = 1 if self.rule.is_leased else shares
         per_s = settings.requests_per_s
         burst = settings.burst or max(1.0, per_s or 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import random
 import shutil
@@ -526,7 +527,7 @@ class Served:
     def come(self, count: int = 1) -> None:
         for _ in range(count):
             ticket = Ticket(time.monotonic_ns(), 1)
-            ticket.owner = _Told(lambda ticket=ticket: self._told(ticket))
+            ticket.owner = _Told(functools.partial(self._told, ticket))
             if self.shaper.enter(ticket) or ticket.refusal is not None:
                 self._told(ticket)
 
@@ -622,18 +623,21 @@ async def test_a_worker_that_dies_gives_its_places_back(redis: Redis, monkeypatc
         assert alive.own == 4  # who lives and asks keeps its own
 
 
+def _goes(served: Served, number: int) -> bool:
+    return served.own == number
+
+
 @pytest.mark.parametrize("limit", [{"concurrency": 3}, {"requests_per_s": 0.1, "burst": 3}], ids=str)
 @pytest.mark.parametrize("patience", [{"queue": 0}, {"max_wait_s": 0}], ids=str)
 @in_loop
 async def test_without_a_queue_redis_is_asked_before_a_request_is_refused(
-    redis: Redis, limit: dict[str, float], patience: dict[str, float]
+    redis: Redis, limit: dict[str, Any], patience: dict[str, Any]
 ) -> None:
     served = Served(worker(redis, **limit, **patience)[0], [0, 0], 60.0)
     async with leasing(served.shaper):
-        for _ in range(3):
-            before = served.own
+        for number in range(3):
             served.come()
-            await until(lambda before=before: served.own == before + 1, "it goes", timeout_s=1)
+            await until(functools.partial(_goes, served, number + 1), "it goes", timeout_s=1)
         served.come(5)
         await until(lambda: served.refused == 5, "the others are refused", timeout_s=1)
         assert served.own == 3
