@@ -27,7 +27,7 @@ from storage.sink import Sink, SinkUnavailable, open_sink
 log = logging.getLogger("burstgate.recorder")
 
 GC_THRESHOLD = (100_000, 20, 50)
-"""A batch is many thousand rows, of which none is garbage before its end: looking at them took an eighth of the time."""
+"""A batch is many thousand rows, of which none is garbage before its end: looking at them took an eighth of it."""
 NICENESS = 5
 """Beside workers on a busy core the recorder takes a quarter: a batch that waits delays nobody, a request does."""
 PREDECESSOR_S = 5.0

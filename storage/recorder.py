@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import select
 import shutil
 import time
 from collections.abc import Callable
@@ -245,6 +246,8 @@ class Recorder:
         self._readers: dict[str, SegmentReader] = {}
         self._broken: set[str] = set()
         self._stopping = False
+        self._stop_asked = os.eventfd(0)
+        """Readable for good once `run` is to return: whoever waits then waits no more."""
         self._is_behind = False
         """The last round left something unread."""
         self._lock = -1
@@ -264,6 +267,8 @@ class Recorder:
     def stop(self) -> None:
         """Ask `run` to return once everything readable is in the database, or the database is away."""
         self._stopping = True
+        if self._stop_asked >= 0:
+            os.eventfd_write(self._stop_asked, 1)
 
     def run(self) -> None:
         """Move records until stopped."""
@@ -296,9 +301,9 @@ class Recorder:
         self.stats.is_database_up = False
 
     def _sleep(self, duration_s: float) -> None:
-        deadline = time.monotonic() + duration_s
-        while not self._stopping and time.monotonic() < deadline:
-            time.sleep(min(0.05, duration_s))
+        asked = select.poll()
+        asked.register(self._stop_asked, select.POLLIN)
+        asked.poll(max(0.0, duration_s * 1000))
 
     def close(self) -> None:
         """Close the database and let go of the lock."""
@@ -306,6 +311,10 @@ class Recorder:
             self._sink.close()
         if self._lock >= 0:
             os.close(self._lock)
+            self._lock = -1
+        if self._stop_asked >= 0:
+            os.close(self._stop_asked)
+            self._stop_asked = -1
 
     def step(self) -> int:
         """One round over all writers; returns how many records were committed. Raises SinkUnavailable.
