@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from traces.profile import WorkloadProfile
 
 app = typer.Typer(
-    help="An OpenAI-compatible gateway for vLLM fleets that records every request as a BurstGPT trace.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -238,3 +238,18 @@ def demo(
 def version() -> None:
     """Print the version."""
     print(importlib.metadata.version("burstgate"))
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def burstgate(
+    _is_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """An OpenAI-compatible gateway for vLLM fleets that records every request as a BurstGPT trace."""

@@ -6,6 +6,7 @@ Commands that end by themselves run in this process, through the console script'
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -335,7 +336,7 @@ def test_doctor_on_what_is_not_there_and_what_is_broken(run: Run, tmp_path: Path
 
 
 def test_version_and_the_help_of_every_command(run: Run) -> None:
-    assert run("version")[0] == 0
+    assert run("version") == run("--version") == (0, importlib.metadata.version("burstgate") + "\n", "")
 
     def commands(group: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         yield path
