@@ -182,23 +182,22 @@ def analyze(batches: Iterable[pl.DataFrame], options: Options | None = None, on_
     table, source = _read(batches, options, say)
     stamps_s = view(table["received_at"])
 
-    say("conversations")
-    conversations = describe_conversations(table)
-    table = table.drop("session")
-    say("bursts")
-    episodes = burst_episodes(stamps_s)
     with ThreadPoolExecutor(1) as beside:  # half of the work, in numpy and scipy, which release the interpreter's lock
         arrivals = beside.submit(_arrivals, table.select("received_at", "log_type"), zone)
+        say("conversations")
+        conversations = describe_conversations(table)
+        table = table.drop("session")
+        say("bursts")
+        episodes = burst_episodes(stamps_s)
         say("weeks, hours and periods")
         periodicity = describe_periodicity(table, zone, most_services=options.most_services)
         say("lengths")
         lengths = _lengths(table, options.most_services)
+        failures, latency = _failures_and_latency(table, episodes, options, say)
+        table = table.select("received_at", "elapsed_s", "request_tokens", "response_tokens")
         say("arrivals")
         parts, windows = arrivals.result()
-    # These take the most memory, and are not beside anything.
-    failures, latency = _failures_and_latency(table, episodes, options, say)
-    table = table.select("received_at", "elapsed_s", "request_tokens", "response_tokens")
-    say("load")
+    say("load")  # which takes the most memory
     load = load_over_time(table)
     analysis = Analysis(
         source=source,
@@ -227,7 +226,7 @@ def analyze_failures(
     say("bursts")
     episodes = burst_episodes(view(table["received_at"]))
     say("failures")
-    return source, _failures(table, in_flight_at_arrivals(table).astype(np.int32), episodes, options)
+    return source, _failures(table, in_flight_at_arrivals(table), episodes, options)
 
 
 def _read(batches: Iterable[pl.DataFrame], options: Options, say: Step) -> tuple[pl.DataFrame, Source]:
@@ -310,7 +309,7 @@ def _failures_and_latency(
     table: pl.DataFrame, episodes: Episodes, options: Options, say: Step
 ) -> tuple[FailureReport, LatencyReport]:
     say("failures")
-    in_flight = in_flight_at_arrivals(table).astype(np.int32)
+    in_flight = in_flight_at_arrivals(table)
     failures = _failures(table, in_flight, episodes, options)
     say("latency")
     return failures, describe_latency(table, in_flight=in_flight, bounds_s=options.bounds_s)

@@ -47,7 +47,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from traces.table import MAX_SPAN_S, clock_s
+from traces.table import MAX_SPAN_S, clock_s, pieces
 
 WINDOWS_S: Final = (1, 10, 60, 300, 1200, 3600)
 """Windows that counts are described by."""
@@ -124,12 +124,19 @@ class Arrivals(msgspec.Struct, frozen=True):
     windows: tuple[WindowCounts, ...]
 
 
-def quantiles(values: Array) -> Quantiles | None:
-    """None of an empty sample."""
+def quantiles(values: Array, *, may_reorder: bool = False) -> Quantiles | None:
+    """None of an empty sample. may_reorder: the values need not stay in their order, which saves copies."""
     if not len(values):
         return None
-    p10, p50, p90, p99 = np.quantile(values, (0.1, 0.5, 0.9, 0.99)).tolist()
-    return Quantiles(float(values.mean()), p10, p50, p90, p99, float(values.max()))
+    mean, most = float(values.mean()), float(values.max())
+    if not may_reorder:
+        values = values.copy()
+    place = np.array((0.1, 0.5, 0.9, 0.99)) * (len(values) - 1)
+    low = place.astype(np.int64)
+    high = np.minimum(low + 1, len(values) - 1)
+    values.partition(np.union1d(low, high))
+    p10, p50, p90, p99 = (values[low] + (values[high] - values[low]) * (place - low)).tolist()
+    return Quantiles(mean, p10, p50, p90, p99, most)
 
 
 def describe_arrivals(stamps_s: Array) -> Arrivals:
@@ -140,38 +147,49 @@ def describe_arrivals(stamps_s: Array) -> Arrivals:
     first_s, last_s = float(stamps_s[0]), float(stamps_s[-1])
     gaps_s = np.diff(stamps_s)
     mean_s = (last_s - first_s) / max(n - 1, 1)
+    squares = sum(float(np.square(gaps_s[here] - mean_s).sum()) for here in pieces(n - 1))
+    zero_gaps = int(np.count_nonzero(gaps_s == 0))
+    gap_s = quantiles(gaps_s, may_reorder=True)
+    del gaps_s
     return Arrivals(
         requests=n,
         first_s=first_s,
         last_s=last_s,
         span_s=last_s - first_s,
         rate_rps=n / (last_s - first_s) if last_s > first_s else None,
-        gap_s=quantiles(gaps_s),
-        gap_cv=float(gaps_s.std()) / mean_s if n > 2 and mean_s else None,
-        zero_gaps=int(np.count_nonzero(gaps_s == 0)),
+        gap_s=gap_s,
+        gap_cv=math.sqrt(squares / (n - 1)) / mean_s if n > 2 and mean_s else None,
+        zero_gaps=zero_gaps,
         windows=_window_counts(stamps_s),
     )
 
 
 def _window_counts(stamps_s: Array) -> tuple[WindowCounts, ...]:
     base_s = math.floor(stamps_s[0])
-    # Sparse, so that a gap of years costs nothing; each length is counted from the seconds.
-    second, counts = _runs(np.floor(stamps_s).astype(np.int64) - base_s)
+    # Sparse, so that a gap of years costs nothing; each length is counted from the one before.
+    place, sums = _counts(stamps_s, 1)
+    place -= base_s
+    length_s = 1
     span_s = stamps_s[-1] - base_s + (1 if has_whole_seconds(stamps_s) else 0)
     described = []
     for window_s in WINDOWS_S:
         windows = int(span_s // window_s)
-        place, sums = _summed(second // window_s, counts)
+        if window_s > length_s:
+            place, sums = _summed(place // (window_s // length_s), sums)
+            length_s = window_s
         peak = int(sums.argmax())
-        inside = np.sort(sums[place < windows])
-        mean = int(inside.sum()) / windows if windows else 0.0
-        squares = float(np.sum((inside - mean) ** 2)) + (windows - len(inside)) * mean**2
+        inside = np.bincount(sums[: np.searchsorted(place, windows)], minlength=1)
+        inside[0] = windows - int(inside.sum())
+        count = np.arange(len(inside))
+        mean = int(inside @ count) / windows if windows else 0.0
+        squares = float(inside @ np.square(count - mean))
+        rank = np.cumsum(inside)
         described.append(
             WindowCounts(
                 window_s=window_s,
                 windows=windows,
-                p50_rps=_ranked(inside, windows, 0.5) / window_s if windows else None,
-                p99_rps=_ranked(inside, windows, 0.99) / window_s if windows else None,
+                p50_rps=int(np.searchsorted(rank, math.ceil(0.5 * windows))) / window_s if windows else None,
+                p99_rps=int(np.searchsorted(rank, math.ceil(0.99 * windows))) / window_s if windows else None,
                 dispersion=squares / (windows - 1) / mean if windows > 1 and mean else None,
                 peak_rps=int(sums[peak]) / window_s,
                 peak_at_s=float(base_s + place[peak] * window_s),
@@ -180,16 +198,25 @@ def _window_counts(stamps_s: Array) -> tuple[WindowCounts, ...]:
     return tuple(described)
 
 
-def _ranked(counts: Ints, windows: int, share: float) -> int:
-    """Nearest-rank quantile of the ascending counts > 0 and as many zeros as make them `windows`."""
-    rank = math.ceil(share * windows) - 1 - (windows - len(counts))
-    return int(counts[rank]) if rank >= 0 else 0
-
-
 def _runs(places: Ints) -> tuple[Ints, Ints]:
     """The distinct values of non-decreasing `places`, and how often each stands there."""
     starts = np.flatnonzero(np.diff(places, prepend=places[:1] - 1))
     return places[starts], np.diff(starts, append=len(places))
+
+
+def _counts(stamps_s: Array, window_s: int) -> tuple[Ints, Ints]:
+    """The windows that have requests, and how many."""
+    numbers: list[Ints] = []
+    counts: list[Ints] = []
+    for here in pieces(len(stamps_s)):
+        number, count = _runs(np.floor_divide(stamps_s[here], window_s).astype(np.int64))
+        if numbers and numbers[-1][-1] == number[0]:  # it goes on here
+            counts[-1][-1] += count[0]
+            number, count = number[1:], count[1:]
+        if len(number):
+            numbers.append(number)
+            counts.append(count)
+    return np.concatenate(numbers), np.concatenate(counts)
 
 
 def _summed(places: Ints, counts: Ints) -> tuple[Ints, Ints]:
@@ -199,7 +226,7 @@ def _summed(places: Ints, counts: Ints) -> tuple[Ints, Ints]:
 
 def has_whole_seconds(stamps_s: Array) -> bool:
     """Whether every stamp is a whole second; with an empty sample, yes."""
-    return bool((np.floor(stamps_s) == stamps_s).all())
+    return all((np.floor(stamps_s[here]) == stamps_s[here]).all() for here in pieces(len(stamps_s)))
 
 
 FIT_SCHEMA: Final[dict[str, pl.DataType]] = {
@@ -246,7 +273,7 @@ def fit_windows(
     if not len(stamps_s):
         return pl.DataFrame(schema=FIT_SCHEMA)
     is_whole = has_whole_seconds(stamps_s) if whole_seconds is None else whole_seconds
-    number, requests = _runs(np.floor_divide(stamps_s, window_s).astype(np.int64))
+    number, requests = _counts(stamps_s, window_s)
     trend = _trend(number, requests) if detrend else None
     row = np.concatenate(([0], np.cumsum(requests)))
     every = 1
@@ -648,7 +675,7 @@ def burst_episodes(
     """
     if not len(stamps_s):
         return Episodes(window_s, (), None, None)
-    window, counts = _runs(np.floor_divide(stamps_s, window_s).astype(np.int64))
+    window, counts = _counts(stamps_s, window_s)
     wide = around_s // window_s // 2 * 2 + 1
     # Of a longer gap so many empty windows are kept that both its sides see only empty ones beyond.
     place = np.cumsum(np.minimum(np.diff(window, prepend=window[:1]), 2 * wide))

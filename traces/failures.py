@@ -394,22 +394,24 @@ def by_hour(table: pl.DataFrame, zone: str) -> tuple[Group, ...]:
     return tuple(Group(f"{hour:02}", rate(n, failures)) for hour, n, failures in hours.iter_rows())
 
 
-def load_bins(load: NDArray[Any], quantiles: int = QUANTILES) -> tuple[Array, NDArray[np.intp]]:
+def load_bins(load: NDArray[Any], quantiles: int = QUANTILES) -> tuple[Array, NDArray[np.int16]]:
     """Edges, ascending, and the bin of each value, -1 where it is not finite; equal values share a bin.
 
     Bins are cut at nearest-rank quantiles; a load with many equal values has fewer than `quantiles` of them. Bin i
     holds edges[i] <= load < edges[i + 1], the last one also its high end.
     """
     known = np.isfinite(load)
-    values = np.sort(load[known]).astype(np.float64)
+    values = load[known]
     if not len(values):
-        return np.empty(0), np.full(len(load), -1, dtype=np.intp)
-    cuts = values[(np.arange(quantiles) * len(values)) // quantiles]
-    edges = np.unique(np.append(cuts, values[-1]))
+        return np.empty(0), np.full(len(load), -1, dtype=np.int16)
+    ranks = np.append(np.arange(quantiles) * len(values) // quantiles, len(values) - 1)
+    values.partition(ranks)
+    edges = np.unique(values[ranks].astype(np.float64))
+    del values
     # A cut at the maximum would be a bin of no width: it belongs to the last one, unless it holds all.
     inner = edges[1:-1] if len(edges) > 2 else edges[1:1]
     return (edges if len(edges) > 1 else np.repeat(edges, 2)), np.where(
-        known, np.searchsorted(inner, load, side="right"), -1
+        known, np.searchsorted(inner, load, side="right").astype(np.int16), np.int16(-1)
     )
 
 

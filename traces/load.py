@@ -16,10 +16,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from traces.table import view
+from traces.table import pieces, view
 
 Array = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 class Level(msgspec.Struct, frozen=True):
@@ -45,15 +44,21 @@ class Load(msgspec.Struct, frozen=True):
     tokens: Level
 
 
-def in_flight_at_arrivals(table: pl.DataFrame) -> Ints:
+def in_flight_at_arrivals(table: pl.DataFrame) -> NDArray[np.int32]:
     """The requests in flight at each arrival, itself not included.
 
     table: of `traces.table`. Returns shape (n,), in its order; of equal stamps each sees those that stand before it.
     """
+    stamps_s = view(table["received_at"])
     is_timed, _, ends_s = _timed(table)
-    ended = np.searchsorted(np.sort(ends_s), view(table["received_at"]), side="right")
-    begun: Ints = np.cumsum(is_timed) - is_timed
-    return begun - ended
+    ends_s.sort()
+    found = np.empty(len(stamps_s), dtype=np.int32)
+    begun = 0
+    for here in pieces(len(stamps_s)):
+        timed = is_timed[here]
+        found[here] = begun + np.cumsum(timed) - timed - np.searchsorted(ends_s, stamps_s[here], side="right")
+        begun += int(np.count_nonzero(timed))
+    return found
 
 
 def arrival_rates_rps(stamps_s: Array, window_s: float = 60.0) -> Array:
@@ -62,8 +67,11 @@ def arrival_rates_rps(stamps_s: Array, window_s: float = 60.0) -> Array:
     stamps_s: shape (n,), non-decreasing. Returns shape (n,), requests/s: those in (stamp - window_s, stamp] that stand
     before it, over window_s. In the first `window_s` of a trace they are too low: nobody knows what came before.
     """
-    since = np.searchsorted(stamps_s, stamps_s - window_s, side="right")
-    return (np.arange(len(stamps_s)) - since) / window_s
+    rates_rps = np.empty(len(stamps_s))
+    for here in pieces(len(stamps_s)):
+        since = np.searchsorted(stamps_s, stamps_s[here] - window_s, side="right")
+        rates_rps[here] = (np.arange(here.start, here.stop) - since) / window_s
+    return rates_rps
 
 
 def load_over_time(table: pl.DataFrame, *, most_bins: int = 2000) -> Load | None:

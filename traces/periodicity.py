@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from traces.table import MAX_SPAN_S, Service, clock_s, services, view
+from traces.table import MAX_SPAN_S, Service, clock_s, pieces, services, view
 
 HOUR_S: Final = 3600
 MOST_SERVICES: Final = 20
@@ -128,16 +128,20 @@ def _describe(
     service: Service | None, rows: pl.DataFrame, calendar: _Calendar, zone: ZoneInfo, level: float
 ) -> Periodicity:
     hours = len(calendar.clock_hour)
-    # Rounding may put a stamp just below an hour's end into the hour after it.
-    place = np.minimum(np.floor((view(rows["received_at"]) - calendar.first_s) / HOUR_S).astype(np.int64), hours - 1)
-    counts = np.bincount(place, minlength=hours)
+    stamps_s = view(rows["received_at"])
+    tokens = [view(rows[name].fill_null(0)) for name in ("request_tokens", "response_tokens")]
+    counts = np.zeros(hours, dtype=np.int64)
+    sums = np.zeros((2, hours))
+    for here in pieces(rows.height):
+        # Rounding may put a stamp just below an hour's end into the hour after it.
+        place = np.minimum(np.floor((stamps_s[here] - calendar.first_s) / HOUR_S).astype(np.int64), hours - 1)
+        counts += np.bincount(place, minlength=hours)
+        for number, each in enumerate(tokens):
+            sums[number] += np.bincount(place, each[here], hours)
     first, last = (0 if calendar.has_whole_ends[0] else 1), (hours if calendar.has_whole_ends[1] else hours - 1)
     whole = slice(first, max(first, last))
     hour_of_day = calendar.clock_hour[whole] % 24
-    token_boxes = []
-    for name in ("request_tokens", "response_tokens"):
-        tokens = view(rows[name].fill_null(0))
-        token_boxes.append(_boxes(hour_of_day, np.bincount(place, tokens, hours)[whole].astype(np.float64)))
+    token_boxes = [_boxes(hour_of_day, each[whole]) for each in sums]
     boxes = _boxes(hour_of_day, counts[whole].astype(np.float64))
     peak, trough = (of((box.mean for box in boxes), default=0.0) for of in (max, min))
     acf = autocorrelation(np.sqrt(counts[whole]), ACF_HOURS)

@@ -165,12 +165,20 @@ def _joined(parts: dict[str, list[pl.Series | int]]) -> pl.DataFrame:
     )
 
 
+PIECE_ROWS: Final = 1 << 20
+
+
 def view(values: pl.Series) -> NDArray[Any]:
     """A column's numbers: its own memory, read-only, where nothing is null; else a copy of floats, NaN for null."""
     if not values.null_count():
         return values.rechunk().to_numpy(allow_copy=False)
     dtype = values.dtype if values.dtype.is_float() else pl.Float64()
     return values.cast(dtype).fill_null(float("nan")).to_numpy()
+
+
+def pieces(n: int) -> Iterator[slice]:
+    """Of n rows a million at a time: what is made of them on the way takes little memory then."""
+    return (slice(first, min(first + PIECE_ROWS, n)) for first in range(0, n, PIECE_ROWS))
 
 
 def services(table: pl.DataFrame, columns: Sequence[str], most: int) -> Iterator[tuple[Service, pl.DataFrame]]:
