@@ -262,8 +262,8 @@ def _arrivals(table: pl.DataFrame, zone: ZoneInfo) -> tuple[tuple[ArrivalPart, .
             table if name is None else table.lazy().filter(pl.col("log_type") == name).select("received_at").collect()
         )
         stamps_s = view(rows["received_at"])
-        fits = fit_windows(stamps_s)
-        detrended = fit_windows(stamps_s, window_s=DETRENDED_WINDOW_S, detrend=True, most_fits=MOST_FITS)
+        fits = fit_windows(stamps_s, threads=1)
+        detrended = fit_windows(stamps_s, window_s=DETRENDED_WINDOW_S, detrend=True, most_fits=MOST_FITS, threads=1)
         bin_s, over_time = _fits_over_time(fits)
         parts.append(
             ArrivalPart(

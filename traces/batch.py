@@ -7,7 +7,10 @@ validate at the edge and name file, line and column when they refuse.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 import msgspec
 import polars as pl
@@ -54,6 +57,19 @@ SCHEMA: dict[str, pl.DataType] = {
 _DEFAULTS = {
     field.name: field.default for field in msgspec.structs.fields(TraceRecord) if field.default is not msgspec.NODEFAULT
 }
+
+
+AHEAD_BATCHES: Final = 2
+"""That are read before they are needed."""
+
+
+def ahead(batches: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+    """The same batches, made on another thread: polars and numpy let go of the interpreter while they work."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(next, batches, None) for _ in range(AHEAD_BATCHES))
+        while (batch := pending.popleft().result()) is not None:
+            pending.append(pool.submit(next, batches, None))
+            yield batch
 
 
 def empty_batch() -> pl.DataFrame:

@@ -253,6 +253,7 @@ def fit_windows(
     whole_seconds: bool | None = None,
     min_gaps: int = MIN_GAPS,
     most_fits: int | None = None,
+    threads: int = THREADS,
 ) -> pl.DataFrame:
     """A row for each window with a request, in order of time; null for what is not defined there.
 
@@ -295,7 +296,7 @@ def fit_windows(
         return _fit(_Windows(part, number[here], requests[here], window_s, is_whole, around), min_gaps, is_asked)
 
     # numpy and scipy compute without the interpreter's lock.
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         return pl.concat(pool.map(fit, chunks))
 
 

@@ -23,7 +23,7 @@ import errno
 import functools
 import os
 import secrets
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from typing import Any, BinaryIO, Final, Literal
 import numpy as np
 import polars as pl
 
-from traces.batch import SCHEMA
+from traces.batch import SCHEMA, ahead
 from traces.burstgpt import MAX_LINE_BYTES, MAX_TEXT_BYTES
 from traces.codec import (
     BLOCK_TOKENS_KEY,
@@ -60,8 +60,6 @@ from traces.row_groups import VARIES, repeated_value
 
 SUFFIXES: Final = {".csv": "burstgpt", ".parquet": "parquet", ".jsonl": "jsonl"}
 """What a target is written as when nobody says."""
-AHEAD_BATCHES: Final = 2
-"""Batches that are read before they are needed: some 10 MB each."""
 BATCH_ROWS: Final = 131_072
 """Rows of a batch at most, so that a chunk of a BurstGPT file, of some 70,000, stays one."""
 BURSTGPT_FIELDS: Final = frozenset(
@@ -135,7 +133,7 @@ def convert(
     )
     kept = _Kept(write_as, clock, failures == "drop")
     with _replacing(target) as stream:
-        flow = _counted(_ahead(_relabelled(batches, model)), kept)
+        flow = _counted(ahead(_relabelled(batches, model)), kept)
         try:
             writer = (
                 _parquet_writer(stream, failures, blocks)
@@ -155,7 +153,7 @@ def convert(
             stored = pool.submit(os.fsync, stream.fileno())
             try:
                 back = _Digest()
-                for frame in _ahead(_read_back(Path(stream.name), write_as, clock)):
+                for frame in ahead(_read_back(Path(stream.name), write_as, clock)):
                     back.add(frame)
             except TraceFormatError as error:
                 raise TraceFormatError(f"{target}: was written and can not be read back: {error}") from error
@@ -207,15 +205,6 @@ def describe(done: Conversion, source: Path, target: Path) -> list[str]:
 
 def _relabelled(batches: Iterable[pl.DataFrame], model: str | None) -> Iterator[pl.DataFrame]:
     return (batch if model is None else batch.with_columns(model=pl.lit(model)) for batch in batches)
-
-
-def _ahead(batches: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
-    """The same batches, made on another thread: polars and numpy let go of the interpreter while they work."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = deque(pool.submit(next, batches, None) for _ in range(AHEAD_BATCHES))
-        while (batch := pending.popleft().result()) is not None:
-            pending.append(pool.submit(next, batches, None))
-            yield batch
 
 
 class _Kept:

@@ -274,6 +274,7 @@ def matching_rows(
     import dataclasses
 
     from storage.query import matching
+    from traces.batch import ahead
     from traces.codec import read_trace
     from traces.table import READS
 
@@ -283,7 +284,7 @@ def matching_rows(
         clock = TraceClock(day_zero.date() if day_zero is not None else datetime.date(1970, 1, 1), timezone or "UTC")
         batches = read_trace(trace, format=format, clock=clock, fields=(*READS, "run_id"), batch_rows=FILE_BATCH_ROWS)
         asked = dataclasses.replace(selection, without_origins=())  # who names a file asks for what is in it
-        yield (matching(batch, asked) for batch in batches)
+        yield (matching(batch, asked) for batch in ahead(batches))
         return
     with open_database(*database) as engine:
         yield rows_of(engine, selection, archive, READS)

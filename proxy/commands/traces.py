@@ -227,6 +227,7 @@ def stats(
 ) -> None:
     """Requests, rates, tokens and failures of a trace file or of the database."""
     from storage.query import matching
+    from traces.batch import ahead
     from traces.codec import read_trace
     from traces.summary import FIELDS, render, summarize
 
@@ -241,7 +242,7 @@ def stats(
             raise ConfigError("--archive: expected with the database, not with a trace file")
         fields = (*FIELDS, "origin", "run_id")
         batches = read_trace(trace, format=format, fields=fields, batch_rows=FILE_BATCH_ROWS)
-        summary = summarize(matching(batch, selection) for batch in batches)
+        summary = summarize(matching(batch, selection) for batch in ahead(batches))
     else:
         with open_database(config, data_dir, database_url) as engine:
             summary = summarize(rows_of(engine, selection, archive, FIELDS))
