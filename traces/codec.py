@@ -76,7 +76,7 @@ BLOCK_TOKENS_KEY: Final = "burstgate.block_tokens"
 
 _COMPRESSED: Final = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "zip": b"PK\x03\x04", "xz": b"\xfd7zX"}
 """How compressed files begin."""
-CHUNK_BYTES: Final = 4 << 20
+CHUNK_BYTES: Final = 8 << 20
 """How much of a text file is held and parsed at once: some 50,000 BurstGPT rows."""
 FIRST_CHUNK_BYTES: Final = 128 << 10
 """The same at a file's beginning, from where it doubles: a replay waits for its first rows only."""
