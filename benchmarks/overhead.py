@@ -27,6 +27,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,11 @@ def environment(bench: Bench, case: str) -> Iterator[dict[str, str]]:
         yield {}
     elif case == "telemetry":
         with collector() as otlp:
-            yield {"BURSTGATE_TELEMETRY__OTLP_ENDPOINT": otlp, "BURSTGATE_TELEMETRY__METRICS_INTERVAL_S": "1"}
+            yield {
+                "BURSTGATE_TELEMETRY__OTLP_ENDPOINT": otlp,
+                "BURSTGATE_TELEMETRY__METRICS_INTERVAL_S": "1",
+                "PYTHONPATH": sysconfig.get_path("purelib"),  # the exporter is an extra, and installed where this runs
+            }
     elif case == "dead":
         yield mirrored
     elif case == "stalled":
@@ -125,7 +130,7 @@ def gateway(bench: Bench, case: str, path: Path | None) -> Iterator[Gateway]:
     ]  # fmt: skip
     with environment(bench, case) as env:
         if path is not None:
-            env["PYTHONPATH"] = str(path)
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(path), env.get("PYTHONPATH"))))
         with running(f"burstgate-{case}", argv, cores=bench.cores.gateway, folder=folder, env=env) as process:
             address = f"http://127.0.0.1:{port}"
             process.wait_until_ready(lambda: get_json(f"{address}/v1/chat/completions", chat_body(UNARY)), 60.0)
