@@ -74,6 +74,10 @@ PLACES_NS: Final = 50_000_000
 """Between two askings for places, so that what is not needed goes to the others."""
 CONTENDED_NS: Final = 10_000_000
 """The same while all together need more than there are."""
+EACH_PLACES_NS: Final = 200_000
+"""The least time between two askings, for each class that has places: of thousands of sessions none is asked often."""
+MOST_PLACES: Final = 500
+"""Classes for which places are asked at a time: a round trip has a time limit."""
 ANSWER_NS: Final = 250_000_000
 """The longest that a request waits for the answer to an asking, beyond its own limits."""
 MOST_ASKING: Final = 1000
@@ -177,11 +181,11 @@ class Places:
         self.next_ns = 0
         """When to ask in any case."""
 
-    def answer(self, granted: int, now_ns: int, *, is_full: bool) -> None:
-        """What may be used from now on; is_full: it is less than what was needed."""
+    def answer(self, granted: int, now_ns: int, *, is_full: bool, least_ns: int) -> None:
+        """What may be used from now on; is_full: it is less than what was needed. least_ns: until the next asking."""
         self.limit = granted
         self.is_full = is_full or granted >= self.total
-        self.next_ns = now_ns + (CONTENDED_NS if is_full else PLACES_NS)
+        self.next_ns = now_ns + max(CONTENDED_NS if is_full else PLACES_NS, least_ns)
 
 
 class Gradient:
@@ -999,21 +1003,25 @@ class Shaping:
                 self.leases[rate.key] = (rate, rate.reserved + max(cost, waiting))
 
     def places_due(self, now_ns: int) -> list[Bucket]:
-        """Those for which places are to be asked for now."""
+        """Those for which places are to be asked for now; where they are too many, some of them."""
         self.asks_places = False
-        found = []
+        urgent: list[Bucket] = []
+        others: list[Bucket] = []
         for bucket in self.places.values():
             places = bucket.places
-            if places is not None and (places.is_due or places.next_ns <= now_ns):
-                found.append(bucket)
-        return found
+            if places is not None and places.is_due:
+                urgent.append(bucket)
+            elif places is not None and places.next_ns <= now_ns:
+                others.append(bucket)
+        self.asks_places = len(urgent) > MOST_PLACES
+        return (urgent + others)[:MOST_PLACES]
 
     def places_answered(self, bucket: Bucket, needed: int, granted: int, now_ns: int, *, is_full: bool) -> None:
         """What came of `Bucket.ask_places`."""
         places = bucket.places
         if places is None or self.places.get(places.key) is not bucket:
             return  # the settings have changed meanwhile
-        places.answer(granted, now_ns, is_full=is_full)
+        places.answer(granted, now_ns, is_full=is_full, least_ns=len(self.places) * EACH_PLACES_NS)
         if bucket.is_idle and not needed:
             del self.places[places.key]
         needs = bucket.in_flight + bucket.reserved + bucket.queue.size

@@ -385,6 +385,12 @@ class Redis:
         argv = ["redis-cli", "-p", str(self.port), "keys", pattern]
         return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()
 
+    def calls(self, command: str) -> int:
+        argv = ["redis-cli", "-p", str(self.port), "info", "commandstats"]
+        lines = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
+        found = [line for line in lines if line.startswith(f"cmdstat_{command}:")]
+        return int(found[0].split("calls=")[1].split(",")[0]) if found else 0
+
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -568,6 +574,26 @@ async def test_places_hold_over_two_workers_and_go_where_they_are_needed(redis: 
         assert in_flight == [0, 10]
         assert took_s > 0.95  # 10 at a time, 0.1 s each
         await until(lambda: not redis.keys("burstgate:*"), "nothing is held by the idle", timeout_s=2)
+
+
+@in_loop
+async def test_thousands_of_classes_have_places_and_redis_is_asked_no_more_often_for_it(redis: Redis) -> None:
+    shaper, counted = worker(redis, per="session", concurrency=2)
+    told = []
+    async with leasing(shaper):
+        tickets = [Ticket(time.monotonic_ns(), 1, session=f"s{number}") for number in range(3000)]
+        for ticket in tickets:
+            ticket.owner = _Told(functools.partial(told.append, ticket))
+            shaper.enter(ticket)
+        await until(lambda: len(told) == 3000, "all are through, one of each session", timeout_s=10)
+        assert all(ticket.is_through for ticket in tickets)
+        calls = redis.calls("evalsha")
+        await asyncio.sleep(1.0)
+        assert redis.calls("evalsha") - calls < 7500  # 3,000 classes 0.6 s apart; 50 ms apart it would be 60,000
+        for ticket in tickets:
+            shaper.leave(ticket)
+        await until(lambda: not redis.keys("burstgate:*"), "nothing is held by the idle", timeout_s=5)
+        assert counted["shaping_fallbacks"] == 0
 
 
 @pytest.mark.parametrize("seed", range(3))
