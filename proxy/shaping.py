@@ -76,7 +76,7 @@ CONTENDED_NS: Final = 10_000_000
 """The same while all together need more than there are."""
 EACH_PLACES_NS: Final = 200_000
 """The least time between two askings, for each class that has places: of thousands of sessions none is asked often."""
-MOST_PLACES: Final = 500
+MOST_PLACES: Final = 100
 """Classes for which places are asked at a time: a round trip has a time limit."""
 ANSWER_NS: Final = 250_000_000
 """The longest that a request waits for the answer to an asking, beyond its own limits."""
