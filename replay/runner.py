@@ -73,13 +73,13 @@ def replay(trace: Path | None, options: ReplayOptions, *, console: Console) -> S
     options = dataclasses.replace(options, prompts=with_block_tokens(options.prompts, trace, options.format))
     stop = Stop()
     with asyncio.Runner(loop_factory=fast_loop()) as runner, ExitStack() as undo:
-        undo.enter_context(_signals(runner.get_loop(), stop.press))
         show = None if options.quiet else undo.enter_context(progress_shown(console))
         scraper = undo.enter_context(scraping(metrics_urls(options.target, options.metrics_urls)))
-        if is_here:
-            summary = runner.run(run(planned, options, stop=stop, on_progress=show))
-        else:
-            summary = runner.run(_run_elsewhere(trace, options, stop, show))
+        with _signals(runner.get_loop(), stop.press):
+            if is_here:
+                summary = runner.run(run(planned, options, stop=stop, on_progress=show))
+            else:
+                summary = runner.run(_run_elsewhere(trace, options, stop, show))
         scraper.stop()
     summary = judged(msgspec.structs.replace(summary, server=scraper.facts(summary.started_at)), options.limits())
     if options.json is not None:

@@ -24,10 +24,14 @@ from __future__ import annotations
 import csv
 import io
 import math
+import signal
 import statistics
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Final
 
 import msgspec
@@ -379,22 +383,23 @@ def sweep(
     is_interrupted = False
     stopped_by = None
     try:
-        for rate_rps in options.rates_rps:
-            for seed in range(options.seed, options.seed + options.seeds):
-                for arrivals in climbing:
-                    trace = workload.trace(arrivals, rate_rps, seed, options.cell_requests(rate_rps))
-                    run = run_cell(trace, seed)
-                    if run is None:
-                        raise KeyboardInterrupt
-                    if run.warning is not None:
-                        warnings.setdefault(run.warning)
-                    cells.append(measure(arrivals, rate_rps, seed, run, options.slo))
-                    on_cell(cells[-1])
-            if not options.is_full:
-                held = {(rung.arrivals, rung.rate_rps) for rung in judge(cells, options.slo) if rung.holds}
-                climbing = [arrivals for arrivals in climbing if (arrivals.name, rate_rps) in held]
-            if not climbing:
-                break
+        with _interrupting():
+            for rate_rps in options.rates_rps:
+                for seed in range(options.seed, options.seed + options.seeds):
+                    for arrivals in climbing:
+                        trace = workload.trace(arrivals, rate_rps, seed, options.cell_requests(rate_rps))
+                        run = run_cell(trace, seed)
+                        if run is None:
+                            raise KeyboardInterrupt
+                        if run.warning is not None:
+                            warnings.setdefault(run.warning)
+                        cells.append(measure(arrivals, rate_rps, seed, run, options.slo))
+                        on_cell(cells[-1])
+                if not options.is_full:
+                    held = {(rung.arrivals, rung.rate_rps) for rung in judge(cells, options.slo) if rung.holds}
+                    climbing = [arrivals for arrivals in climbing if (arrivals.name, rate_rps) in held]
+                if not climbing:
+                    break
     except KeyboardInterrupt:
         is_interrupted = True
     except ReplayError as error:
@@ -415,6 +420,22 @@ def sweep(
         is_interrupted=is_interrupted,
         stopped_by=stopped_by,
     )
+
+
+@contextmanager
+def _interrupting() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, between cells too: a cell's own handlers are there while it sends."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM) if is_main}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler or signal.SIG_DFL)  # None is a handler that was not set from Python
 
 
 def judge(cells: Sequence[Cell], slo: Slo | None) -> tuple[Rung, ...]:

@@ -347,6 +347,25 @@ def test_a_target_that_goes_away_leaves_what_was_measured() -> None:
     assert "ended early: gone" in page(found).decode()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_between_cells_ends_a_sweep_though_it_was_ignored_before(number: signal.Signals) -> None:
+    seen: list[float] = []
+    fast = scripted(100.0, seen)
+
+    def run(trace: pl.DataFrame, seed: int) -> Measured | None:
+        if len(seen) == 3:
+            os.kill(os.getpid(), number)
+        return fast(trace, seed)
+
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        found = swept(OPTIONS, run)
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+    assert (len(found.cells), found.is_interrupted) == (3, True)
+
+
 def test_an_interrupted_sweep_has_what_was_measured() -> None:
     found = swept(OPTIONS, scripted(100.0, [], stop_after=5))
     assert found.is_interrupted
