@@ -207,7 +207,8 @@ class Pacer(Generic[T]):
         v = (self._clock.cv or 0.0) ** 2
         drawn = asked - v * (1.15 - 0.8 * asked)
         if self._recent.is_full:
-            self._excess += GAIN * ((self._recent.cv or 0.0) ** 2 - asked)
+            wrong = (self._recent.cv or 0.0) ** 2 - asked
+            self._excess += GAIN * min(max(wrong, -asked), asked)  # a process that stood still is no reason for more
             self._excess = min(max(self._excess, drawn - 2 * asked), drawn)
         return gaps(math.sqrt(max(0.0, drawn - self._excess)))
 

@@ -279,7 +279,10 @@ async def test_paced_requests_leave_evenly(tmp_path: Path) -> None:
     ("cv_in", "pacing"), [(1.0, {"mode": "smooth", "cv": 0.5}), (0.5, {"mode": "retime", "shape": 1.0})]
 )
 def test_cv_is_reached(tmp_path: Path, cv_in: float, pacing: dict[str, Any]) -> None:
-    """50 s of 100 requests/s, in five parts, of which the median counts: a machine that stalls spoils some of them."""
+    """50 s of 100 requests/s, in ten parts, of which the median counts: a machine that stalls spoils some of them.
+
+    The sampling error of a part's CV is 3 to 4.5 %, of their median about 1.5 %.
+    """
     draws, count = random.Random(7), 5000
 
     async def run() -> list[float]:
@@ -298,10 +301,10 @@ def test_cv_is_reached(tmp_path: Path, cv_in: float, pacing: dict[str, Any]) -> 
 
     left_s = asyncio.run(run())
     gaps_s = [after - before for before, after in itertools.pairwise(left_s[200:-200])]
-    parts = [gaps_s[first : first + 920] for first in range(0, 4600, 920)]
+    parts = [gaps_s[first : first + 460] for first in range(0, 4600, 460)]
     found = statistics.median(map(cv_of, parts))
-    assert found == pytest.approx(pacing.get("cv", 1.0), rel=0.03)
-    assert len(gaps_s) / sum(gaps_s) == pytest.approx(100, rel=0.03)
+    assert found == pytest.approx(pacing.get("cv", 1.0), rel=0.06)
+    assert len(gaps_s) / sum(gaps_s) == pytest.approx(100, rel=0.05)
 
 
 @in_loop
