@@ -33,7 +33,7 @@ test-compiled: .venv/.installed
 	rm -rf .compiled
 	HATCH_BUILD_HOOKS_ENABLE=1 $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --target .compiled .
 	cp -r tests pyproject.toml .compiled
-	cd .compiled && PYTHONPATH=$(CURDIR)/.compiled $(CURDIR)/$(BIN)/python -m pytest tests/wire tests/proxy tests/storage/test_journal.py tests/e2e/conformance tests/e2e/test_crash.py -m "not slow and not vllm and not postgres"
+	cd .compiled && PYTHONPATH=$(CURDIR)/.compiled $(CURDIR)/$(BIN)/python -m pytest -n 2 --dist worksteal tests/wire tests/proxy tests/storage/test_journal.py tests/e2e/conformance tests/e2e/test_crash.py -m "not slow and not vllm and not postgres"
 
 # The wire's parsers against bytes of all kinds, FUZZ_S seconds each; needs atheris, and says how to get it.
 FUZZ_S ?= 600

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.gateway.install import BENCH, ROOT, installed_burstgate, say
+from benchmarks.codec import write as write_generated
+from benchmarks.gateway.install import BENCH, installed_burstgate, say
 from benchmarks.gateway.processes import BenchError, choose_cores
 from benchmarks.replay.measure import (
     Bench,
@@ -40,6 +39,8 @@ UPPER_RPS = tuple(round(1600 * 2 ** (step / 2)) for step in range(7))
 RUNG_S = 3.0
 START_LIMIT_S = 240.0
 SIMULATED = "l4-8b"
+CONVERT_ROWS = 10_632_000
+"""As many as BurstGPT's files have together."""
 
 
 def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
@@ -128,7 +129,7 @@ def measure(bench: Bench, options: argparse.Namespace, results: Results) -> Iter
             with _absent(results, name):
                 yield measure_start(bench, name, long, traces.of(long, name), START_LIMIT_S)
     if "convert" in options.only:
-        yield from convert_rates(bench, 200_000 if short else 2_000_000)
+        yield from convert_rates(bench)
     if "simulate" in options.only:
         yield simulate_rate(20_000 if short else 100_000)
 
@@ -157,35 +158,27 @@ class _absent:  # noqa: N801
         return False
 
 
-def convert_rates(bench: Bench, rows: int) -> Iterator[Batch]:
-    """BurstGPT CSV to Parquet and back: by the command, and by the codec alone (benchmarks/codec.py)."""
-    say("convert")
+def convert_rates(bench: Bench) -> Iterator[Batch]:
+    """BurstGPT CSV of the published size to Parquet, and that back: the command, from its start to its end.
+
+    Each file written is read back and compared, as ever. What the codec alone does on one core, of which the command
+    has as many as there are, tells benchmarks/codec.py.
+    """
+    say(f"convert, {CONVERT_ROWS:,} rows")
     csv_path, parquet_path = bench.folder / "convert.csv", bench.folder / "convert.parquet"
-    codec = ROOT / "benchmarks" / "codec.py"
-
-    def by_codec(action: str, path: Path, format: str) -> float:
-        argv = [sys.executable, str(codec), action, str(path), format, str(rows)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
-        found = re.search(r"([\d,]+) rows/s", done.stdout)
-        if found is None:
-            raise BenchError(f"codec.py {action} {format}: {done.stderr.strip().splitlines()[-1:]}")
-        return float(found[1].replace(",", ""))
-
-    rates = {}
-    for path, format in ((csv_path, "burstgpt"), (parquet_path, "parquet")):
-        rates["write", format] = by_codec("write", path, format)
-        rates["read", format] = by_codec("read", path, format)
-    for first, second in (("burstgpt", "parquet"), ("parquet", "burstgpt")):
-        rate = 1 / (1 / rates["read", first] + 1 / rates["write", second])
-        yield Batch(figure="convert", work=f"convert {first} to {second}, codec", value=rate, unit="rows/s")
+    write_generated(csv_path, "burstgpt", CONVERT_ROWS)
+    pinned = os.sched_getaffinity(0)
     for source, target, format in ((csv_path, parquet_path, "parquet"), (parquet_path, csv_path, "burstgpt")):
-        target.unlink()
+        target.unlink(missing_ok=True)
+        os.sched_setaffinity(0, set(map(int, bench.cores.split(","))))  # which the command takes over
         begin_s = time.perf_counter()
         convert(bench.burstgate, source, target, format)
-        rate = rows / (time.perf_counter() - begin_s)
-        work = f"convert to {format}, the command: start, read back and compared"
+        rate = CONVERT_ROWS / (time.perf_counter() - begin_s)
+        os.sched_setaffinity(0, pinned)
+        work = f"`convert` of {CONVERT_ROWS:,} rows to {format}, read back and compared"
         yield Batch(figure="convert", work=work, value=rate, unit="rows/s")
+    for path in (csv_path, parquet_path):
+        path.unlink()
 
 
 def simulate_rate(rows: int) -> Batch:

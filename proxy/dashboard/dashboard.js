@@ -944,9 +944,12 @@ $("theme").addEventListener("click", () => {
   try { localStorage.setItem("burstgate-theme", next); } catch { /* it holds for this page */ }
 });
 
+// What these offer depends on who looks.
+const dependsOnRole = () => ["act", "config"].includes(current().view);
 async function begin() {
   set($("footer"), `times in ${zone}`);
   connect();
+  if (!dependsOnRole()) look();
   try {
     const [status, who] = await Promise.all([api("/api/v1/status"), api("/api/v1/whoami").catch(error => {
       if (error.status === 404) return {name: "local", role: "admin"};
@@ -964,6 +967,6 @@ async function begin() {
     if (error.status !== 401) banner(explain(error));
   }
   for (const button of document.querySelectorAll("[data-needs]")) button.hidden = !may(button.dataset.needs);
-  look();
+  if (dependsOnRole()) look();
 }
 begin();
