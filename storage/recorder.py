@@ -29,7 +29,7 @@ from storage.counters import read_counters, trim_counters
 from storage.entries import Begun, Header, crash_record
 from storage.frame import HEAD_BYTES, MAX_PAYLOAD_BYTES, decode_frames, find_frame
 from storage.journal import DROP_REASONS, RETIRED, SEGMENT_SUFFIX, is_writer_alive, list_directory, writer_directories
-from storage.sink import SegmentProgress, Sink, SinkUnavailable, WriterTotals, in_turns
+from storage.sink import Breathe, SegmentProgress, Sink, SinkUnavailable, WriterTotals, in_turns
 from traces.record import TraceRecord
 
 log = logging.getLogger("burstgate.recorder")
@@ -73,6 +73,7 @@ class SegmentReader:
     directory: Path
     committed: dict[int, int]
     """Offsets by segment up to which the database holds the records."""
+    breathe: Breathe = lambda: None
     gateway: str = ""
     segment: int = 0
     offset: int = 0
@@ -188,7 +189,7 @@ class SegmentReader:
             closed = [request_id.decode() for request_id in ids if begun.pop(request_id, None) is None]
             opened = {request_id.decode(): _begun_decoder.decode(payload[1:]) for request_id, payload in begun.items()}
             decode = _record_decoder.decode
-            ended = [decode(payload[1:]) for some in in_turns(ends) for payload in some]
+            ended = [decode(payload[1:]) for some in in_turns(ends, self.breathe) for payload in some]
         except (msgspec.DecodeError, UnicodeDecodeError):
             return False
         for request_id in closed:
@@ -238,8 +239,16 @@ class RecorderStats:
 class Recorder:
     """Moves records until told to stop. One a data directory; `acquire` fails when another runs."""
 
-    def __init__(self, journal: Path, sink_factory: Callable[[], Sink], *, poll_s: float = 0.2) -> None:
+    def __init__(
+        self,
+        journal: Path,
+        sink_factory: Callable[[], Sink],
+        *,
+        poll_s: float = 0.2,
+        breathe: Breathe = lambda: None,
+    ) -> None:
         self._journal = journal
+        self._breathe = breathe
         self._sink_factory = sink_factory
         self._poll_s = poll_s
         self._sink: Sink | None = None
@@ -304,6 +313,11 @@ class Recorder:
         asked = select.poll()
         asked.register(self._stop_asked, select.POLLIN)
         asked.poll(max(0.0, duration_s * 1000))
+
+    @property
+    def is_pressed(self) -> bool:
+        """There is more to move than one round takes, or somebody waits for the end."""
+        return self._is_behind or self._stopping
 
     def close(self) -> None:
         """Close the database and let go of the lock."""
@@ -403,7 +417,7 @@ class Recorder:
         committed = sink.progress()
         for directory in [d for d in new if d.name not in done]:
             offsets = {segment: offset for (writer, segment), offset in committed.items() if writer == directory.name}
-            self._readers[directory.name] = SegmentReader(directory, offsets)
+            self._readers[directory.name] = SegmentReader(directory, offsets, self._breathe)
 
     def _final_totals(self, sink: Sink, name: str, progress: list[SegmentProgress]) -> WriterTotals:
         """The writer's last word: its counters, reconciled with what was recorded.

@@ -19,11 +19,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import re
 import sqlite3
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -129,9 +128,13 @@ class Sink(Protocol):
         """Gives the connections back. The engine stays usable."""
 
 
-def open_sink(engine: sa.Engine) -> Sink:
+Breathe = Callable[[], None]
+"""Called between small pieces of work, about half a millisecond each, to let others have the core."""
+
+
+def open_sink(engine: sa.Engine, breathe: Breathe = lambda: None) -> Sink:
     """A sink on an upgraded database. Nothing is connected before the first call."""
-    return _DatabaseSink(engine)
+    return _DatabaseSink(engine, breathe)
 
 
 class Transaction(Protocol):
@@ -154,7 +157,9 @@ class Transaction(Protocol):
 
 
 @contextlib.contextmanager
-def transaction(engine: sa.Engine, known_days: set[int] | None = None) -> Iterator[Transaction]:
+def transaction(
+    engine: sa.Engine, known_days: set[int] | None = None, breathe: Breathe = lambda: None
+) -> Iterator[Transaction]:
     """One write transaction: committed at the end, rolled back on any error.
 
     known_days: UTC days whose partitions are known to exist; kept up to date, PostgreSQL only.
@@ -164,11 +169,11 @@ def transaction(engine: sa.Engine, known_days: set[int] | None = None) -> Iterat
     try:
         driver = pooled.driver_connection
         if isinstance(driver, sqlite3.Connection):
-            yield _SqliteTransaction(driver)
+            yield _SqliteTransaction(driver, breathe)
             driver.commit()
         else:
             assert isinstance(driver, psycopg.Connection)
-            yield _PostgresTransaction(engine, driver, set() if known_days is None else known_days)
+            yield _PostgresTransaction(engine, driver, set() if known_days is None else known_days, breathe)
             driver.commit()
     except (sqlite3.Error, psycopg.Error):
         pooled.invalidate()
@@ -181,13 +186,10 @@ _TURN = 64
 _T = TypeVar("_T")
 
 
-def in_turns(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
-    """The items, a few at a time; before each of these whoever waits for this core goes first.
-
-    The recorder works in bursts. On a worker's core the kernel would let it work on for some 3 ms, and a request wait.
-    """
+def in_turns(items: Sequence[_T], breathe: Breathe) -> Iterator[Sequence[_T]]:
+    """The items, a few at a time; before each of these one may breathe."""
     for start in range(0, len(items), _TURN):
-        os.sched_yield()
+        breathe()
         yield items[start : start + _TURN]
 
 
@@ -242,7 +244,8 @@ class _SqliteTransaction:
         " WHERE received_at BETWEEN ? AND ? AND request_id = ? LIMIT 1"
     )
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, breathe: Breathe) -> None:
+        self._breathe = breathe
         # The journal segment is deleted after the commit, so the commit must outlive a power cut: in WAL mode only
         # FULL syncs at each one. The recorder's batches make that a few syncs a second at most.
         connection.execute("PRAGMA synchronous=FULL")
@@ -253,7 +256,7 @@ class _SqliteTransaction:
         if not rows:
             return 0
         self.execute_many("INSERT INTO rollup_dirty (at) VALUES (?)", _minutes(rows))
-        return sum(map(self._insert, in_turns(rows)))
+        return sum(map(self._insert, in_turns(rows, self._breathe)))
 
     def _insert(self, rows: Sequence[Row]) -> int:
         # The driver binds text and numbers at once, but looks for an adapter for each None and each bool: of a row's 30
@@ -304,8 +307,11 @@ class _PostgresTransaction:
         "  OFFSET 0) AS row"
     )
 
-    def __init__(self, engine: sa.Engine, connection: psycopg.Connection[Any], known_days: set[int]) -> None:
+    def __init__(
+        self, engine: sa.Engine, connection: psycopg.Connection[Any], known_days: set[int], breathe: Breathe
+    ) -> None:
         self._engine = engine
+        self._breathe = breathe
         self._known_days = known_days
         self._cursor = connection.cursor()
         self._cursor.execute(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'")
@@ -322,7 +328,7 @@ class _PostgresTransaction:
             self._cursor.execute(statement)
         with self._cursor.copy(self._COPY) as copy:
             copy.set_types(_COPY_TYPES)
-            for some in in_turns(rows):
+            for some in in_turns(rows, self._breathe):
                 for row in some:
                     copy.write_row(row)
         try:
@@ -371,8 +377,9 @@ def _make_partitions(engine: sa.Engine, days: Iterable[int]) -> None:
 
 
 class _DatabaseSink:
-    def __init__(self, engine: sa.Engine) -> None:
+    def __init__(self, engine: sa.Engine, breathe: Breathe) -> None:
         self._engine = engine
+        self._breathe = breathe
         self._known_days: set[int] = set()
         self._promotions = _Promotions()
 
@@ -426,8 +433,9 @@ class _DatabaseSink:
         progress: Sequence[SegmentProgress],
         totals: Sequence[WriterTotals],
     ) -> int:
-        with transaction(self._engine, self._known_days) as active:
-            inserted = active.insert([row_of(record) for some in in_turns(records) for record in some])
+        rows = [row_of(record) for some in in_turns(records, self._breathe) for record in some]
+        with transaction(self._engine, self._known_days, self._breathe) as active:
+            inserted = active.insert(rows)
             lookup = self._promotions.apply(active, records)
             for writer in totals:
                 _save_totals(active, writer)
