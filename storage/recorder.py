@@ -144,11 +144,13 @@ class SegmentReader:
             self.rest = b""
             return True
         payloads, used = decode_frames(data)
-        if not self._take_pairs(payloads, used, records):
-            for payload in payloads:
-                end = self.offset + HEAD_BYTES + len(payload)
-                self._take(payload, end, records)
-                self.offset = end
+        end = self.offset + used
+        if payloads and payloads[0].startswith(b"H"):  # as each segment begins
+            self._take_one(payloads.pop(0), records)
+        if not self._take_pairs(payloads, end, records):
+            for some in in_turns(payloads, self.breathe):
+                for payload in some:
+                    self._take_one(payload, records)
         self.rest = data[used:].rstrip(b"\0")  # a segment is allocated ahead
         at_end = len(data) < READ_BYTES
         if not at_end and not used:  # no frame is that long, and no segment is allocated so far ahead
@@ -173,7 +175,7 @@ class SegmentReader:
         self.rest = b""
         return found is not None
 
-    def _take_pairs(self, payloads: list[bytes], used: int, records: list[TraceRecord]) -> bool:
+    def _take_pairs(self, payloads: list[bytes], end: int, records: list[TraceRecord]) -> bool:
         """Take frames that are nothing but new B and E; False, with nothing changed, where one needs a closer look.
 
         Most requests begin and end within a piece. Then what their B says is of no interest, and it is not decoded.
@@ -196,11 +198,12 @@ class SegmentReader:
             self.open.pop(request_id, None)
         self.open.update(opened)
         records += ended
-        self.offset += used
+        self.offset = end
         return True
 
-    def _take(self, payload: bytes, end: int, records: list[TraceRecord]) -> None:
+    def _take_one(self, payload: bytes, records: list[TraceRecord]) -> None:
         kind = payload[:1]
+        end = self.offset + HEAD_BYTES + len(payload)
         try:
             if kind == b"B":
                 begun = _begun_decoder.decode(payload[1:])
@@ -220,6 +223,7 @@ class SegmentReader:
             raise JournalCorrupt(
                 f"{self.path}: a {kind.decode()} frame that ends at {end} is unreadable: {error}"
             ) from None
+        self.offset = end
 
 
 @dataclass(slots=True)

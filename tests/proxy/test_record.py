@@ -62,9 +62,11 @@ def test_pressed_are_a_recorder_that_is_behind_and_one_that_is_to_stop(
     calls: list[bool] = []
     engine = open_engine(f"sqlite:///{tmp_path}/burstgate.db")
     upgrade(engine)
-    recorder = Recorder(
-        tmp_path / "journal", lambda: open_sink(engine), breathe=lambda: calls.append(recorder.is_pressed)
-    )
+
+    def breathe() -> None:
+        calls.append(recorder.is_pressed)
+
+    recorder = Recorder(tmp_path / "journal", lambda: open_sink(engine, breathe), breathe=breathe)
     writer = JournalWriter(tmp_path / "journal", "w", gateway="g")
     for number in range(8000):
         name = f"{number:08x}-0000-7000-8000-000000000000"
