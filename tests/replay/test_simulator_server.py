@@ -630,10 +630,13 @@ def test_the_application_runs_in_process_without_lifespan() -> None:
 
 
 def test_steps_take_their_time(slow: httpx.Client) -> None:
-    started_s = time.monotonic()
-    assert chat(slow, max_tokens=31, ignore_eos=True).status_code == 200
-    # 31 steps of 10 ms, and what the sequence adds.
-    assert time.monotonic() - started_s == pytest.approx(0.312, abs=0.1)
+    def took_s() -> float:
+        started_s = time.monotonic()
+        assert chat(slow, max_tokens=31, ignore_eos=True).status_code == 200
+        return time.monotonic() - started_s
+
+    # 31 steps of 10 ms, and what the sequence adds. A machine that is busy with other things adds to it, too.
+    assert min(took_s() for _ in range(8)) == pytest.approx(0.312, abs=0.1)
 
 
 def test_metrics_and_stats_agree(slow: httpx.Client) -> None:
