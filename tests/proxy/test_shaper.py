@@ -253,7 +253,8 @@ async def test_a_rate_is_reached_within_3_percent(tmp_path: Path) -> None:
     ):
         await asyncio.gather(*(bench.serve(client()) for _ in range(201)))
         left_s = sorted(each.received_at + (each.queue_s or 0) for each in bench.records())
-    assert 180 / (left_s[-1] - left_s[20]) == pytest.approx(100, rel=0.03)
+    # Ten leave at once; what holds one of the others up later is made good by the next.
+    assert 191 / (left_s[-1] - left_s[0]) == pytest.approx(100, rel=0.03)
 
 
 @in_loop
@@ -400,8 +401,10 @@ class Redis:
 
 
 @pytest.fixture
-def redis(tmp_path: Path) -> Iterator[Redis]:
+def redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Redis]:
     pytest.importorskip("redis", reason="needs the extra `redis`")
+    # Of a server that is there, on a machine that is busy with other tests; one that is gone refuses at once.
+    monkeypatch.setattr(shared_limits, "TIMEOUT_S", 5.0)
     if shutil.which("redis-server") is None:
         pytest.skip("needs redis-server")
     server = Redis(tmp_path)
